@@ -1,0 +1,254 @@
+"""The command line of the board: `copresence run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
+from device.bundle import Bundle, BundleError, copresence_version
+from device.camera import NoCamera, open_camera
+from device.config import ConfigError, ModelConfig, TextConfig
+from device.engine import OnnxRuntimeEngine
+from device.events import EventLog, Recording
+from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
+from device.loop import Loop, NoActuator, TextQueue
+from device.session import Session
+from device.tensors import TensorMismatch
+from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
+
+PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
+LONGEST_OFFSET_MS = 1000
+
+USAGE_ERROR = 2
+WRITE_ERROR = 1
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together; the text says what to give instead."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program `copresence`; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except (UsageError, BundleError, ConfigError, TensorMismatch, SourceError, AudioDeviceError, OSError) as error:
+        print(f"copresence: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="copresence", description="Runs an interaction model: one engine launch per tick.")
+    parser.add_argument("--version", action="version", version=f"copresence {copresence_version()}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a bundle on microphone and camera",
+        description="Runs a bundle until the microphone file (or, without one, the camera file) ends, or Ctrl-C.",
+    )
+    run.add_argument("--bundle", required=True, help="a bundle made by 'copresence-export build'")
+    run.add_argument(
+        "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
+    )
+    run.add_argument(
+        "--camera", metavar="SRC", help="video file, or a folder of images shown in order of name, 10 a second (default: none)"
+    )
+    run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
+    run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
+    run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
+    run.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
+    run.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="SECONDS:TOKENS",
+        help="words to deliver as text at a time, such as '2.5:count three'",
+    )
+    run.add_argument(
+        "--playout-offset-ms",
+        type=_natural,
+        default=PLAYOUT_OFFSET_MS,
+        metavar="MS",
+        help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
+    )
+    run.add_argument("--seconds", type=float, metavar="N", help="end after so long")
+    return parser
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    bundle = Bundle.open(arguments.bundle)
+    config, realtime = bundle.config, arguments.clock == "realtime"
+    rate_hz, tick_ns = config.audio.sample_rate_hz, config.tick_ms * 1_000_000
+    _check_arguments(arguments)
+    _choose_audio(arguments)
+    text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
+    with ExitStack() as stack:
+        stop = _stop_on_signals(stack)
+        ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
+        stack.callback(ticker.close)
+        session = Session(config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed)
+        source, playout = _open_audio(arguments, config, ticker, stack)
+        camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
+        stack.callback(camera.close)
+        recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
+        events = EventLog(arguments.events, patient=not realtime)
+        offset_samples = arguments.playout_offset_ms * rate_hz // 1000
+        loop = Loop(
+            config=config,
+            session=session,
+            ticker=ticker,
+            line=Line(config, source, playout, offset_samples),
+            camera=camera,
+            text=text,
+            actuator=NoActuator(),
+            events=events,
+            recording=recording,
+            seconds=arguments.seconds,
+            stop=stop,
+        )
+        try:
+            summary = loop.run(_header(bundle, arguments))
+        finally:
+            events.close()
+    return _report(arguments, summary, [("--events", events.fault), ("--speaker", recording.fault if recording else None)])
+
+
+def _is_file(choice: str | None) -> bool:
+    return choice not in (None, "none", "live")
+
+
+def _choose_audio(arguments: argparse.Namespace) -> None:
+    """Settle what was left open: this machine's own microphone and speaker where it has them. Raises UsageError."""
+    options = ("mic", "speaker")
+    wanted = any(getattr(arguments, option) in (None, "live") for option in options)
+    there = available() if wanted and arguments.clock == "realtime" else (False, False)
+    for option, has in zip(options, there, strict=True):
+        choice = getattr(arguments, option)
+        if choice == "live" and not has:
+            raise UsageError(f"--{option} live: this machine has no such device; connect one, or give a file or 'none'")
+        if choice is None:
+            setattr(arguments, option, "live" if has else "none")
+
+
+def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Ticker, stack: ExitStack) -> tuple[Source, Playout]:
+    rate_hz = config.audio.sample_rate_hz
+    microphone = None
+    source: Source
+    if arguments.mic == "live":
+        source = microphone = LiveMicrophone(rate_hz, config.tick_samples)
+        stack.callback(microphone.close)
+    else:
+        source = SoundFile(arguments.mic, rate_hz) if _is_file(arguments.mic) else Silence()
+    if arguments.speaker != "live":
+        return source, VirtualPlayout(rate_hz, ticker.now_ns)
+    speaker = LiveSpeaker(rate_hz, microphone)
+    stack.callback(speaker.close)
+    return source, speaker
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for what would only show later, or never."""
+    if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
+        raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {LONGEST_OFFSET_MS}; give less")
+    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+        raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
+    if arguments.clock == "simulated":
+        if "live" in (arguments.mic, arguments.speaker):
+            raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
+        if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
+            raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
+    if arguments.camera == "live":
+        raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
+    inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
+    named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice != "-"]
+    read = [Path(choice).resolve() for choice in inputs if _is_file(choice)]
+    if len({*named}) < len(named) or {*named} & {*read}:
+        raise UsageError("--speaker or --events would overwrite another file of this run; give it a name of its own")
+
+
+def parse_text(entry: str, config: TextConfig) -> tuple[float, list[int]]:
+    """`SECONDS:TOKENS` as (seconds, word ids); raises UsageError."""
+    at, colon, words = entry.partition(":")
+    try:
+        at_s = float(at)
+    except ValueError:
+        at_s = math.nan
+    if not (colon and at_s >= 0):
+        raise UsageError(f"--text {entry!r} is not SECONDS:TOKENS; give it as in '2.5:count three'")
+    unknown = [word for word in words.split() if word not in config.words]
+    if unknown:
+        raise UsageError(f"--text: the bundle has no word {unknown[0]!r}; it knows: {', '.join(config.words[1:])}")
+    return at_s, [config.words.index(word) for word in words.split()]
+
+
+def _stop_on_signals(stack: ExitStack) -> threading.Event:
+    """An event that SIGINT or SIGTERM sets; the same signal again ends the process as usual."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, handle))
+    return stop
+
+
+def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "event": "header",
+        "copresence": copresence_version(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "bundle": bundle.name,
+        "bundle_sha256": bundle.digest,
+        "config": bundle.config.to_dict(),
+        "seed": arguments.seed,
+        "clock": arguments.clock,
+        "playout_offset_ms": arguments.playout_offset_ms,
+        "mic": arguments.mic,
+        "camera": arguments.camera or "none",
+        "speaker": arguments.speaker,
+        "text": arguments.text,
+    }
+
+
+def _report(arguments: argparse.Namespace, summary: dict[str, Any], faults: list[tuple[str, str | None]]) -> int:
+    if arguments.events != "-":
+        engine = summary["engine_ms"]
+        print(
+            f"{summary['ticks']} ticks, {summary['gap_ticks']} lost; engine {engine['p50']} ms (p99 {engine['p99']}); "
+            f"late speech in {summary['late_speech_ticks']} ticks; ended by {summary['ended_by']}"
+        )
+    if summary["camera_fault"]:
+        print(f"copresence: --camera {arguments.camera} broke off: {summary['camera_fault']}; check the file", file=sys.stderr)
+    status = 0
+    for option, fault in faults:
+        if fault:
+            print(f"copresence: {option} is incomplete: {fault}; free space or name another place", file=sys.stderr)
+            status = WRITE_ERROR
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

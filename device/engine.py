@@ -1,0 +1,71 @@
+"""Engines: one launch computes one tick, on buffers that are allocated once and never move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from device.bundle import Signature, require_tensors
+from device.config import ModelConfig
+from device.tensors import TensorMismatch, tensor_table
+
+Buffers = dict[str, np.ndarray]
+
+_DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}  # ONNX Runtime's names
+
+
+class Engine(Protocol):
+    """`inputs` and `outputs` hold one array for each row of the tensor table; `run` reads the one and fills the other."""
+
+    inputs: Buffers
+    outputs: Buffers
+
+    def run(self) -> None: ...
+
+
+def allocate(config: ModelConfig) -> tuple[Buffers, Buffers]:
+    """Zeroed arrays for every tensor that enters the tick graph, and for every one that leaves it."""
+    rows = tensor_table(config)
+    return (
+        {row.name: np.zeros(row.shape, row.dtype) for row in rows if row.enters},
+        {row.name: np.zeros(row.shape, row.dtype) for row in rows if not row.enters},
+    )
+
+
+class OnnxRuntimeEngine:
+    """The tick graph on ONNX Runtime's CPU provider. Raises TensorMismatch if the graph is not that of the tensor table."""
+
+    def __init__(self, graph: str | Path, config: ModelConfig, threads: int = 1) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only; they also raise
+        # A spinning thread burns a core between ticks for microseconds within one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Decaying states reach denormal numbers, which cost a hundred times the time of normal ones.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        try:
+            session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own types are private
+            raise TensorMismatch(f"{graph} is not a graph that ONNX Runtime can load: {error}; export the bundle again") from error
+        rows = tensor_table(config)
+        require_tensors(_signatures(session.get_inputs()), (r for r in rows if r.enters), f"{graph}, inputs")
+        require_tensors(_signatures(session.get_outputs()), (r for r in rows if not r.enters), f"{graph}, outputs")
+        self.inputs, self.outputs = allocate(config)
+        self._session, self._binding = session, session.io_binding()
+        for name, array in self.inputs.items():
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in self.outputs.items():
+            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self.run()  # the first run allocates; the first tick must not
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def _signatures(values: list[Any]) -> dict[str, Signature]:
+    return {v.name: (_DTYPES.get(v.type, v.type), tuple(v.shape)) for v in values}

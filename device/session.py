@@ -1,0 +1,122 @@
+"""A session: everything the model remembers between ticks, and the step from one tick to the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device.config import ModelConfig
+from device.engine import Engine
+from device.positions import clock_features, rope_table, tick_noise
+from device.tensors import layer_tokens, layer_window, tensor_table
+
+
+class Decision(NamedTuple):
+    """What the model chose in one tick; the arrays are views of the engine's outputs, good until the next step."""
+
+    say: NDArray[np.int32]  # [say] word ids, 0 = none
+    act: int  # act id, 0 = none
+    say_prob: NDArray[np.float32]  # [say, words]
+    act_prob: NDArray[np.float32]  # [acts]
+    speech: NDArray[np.float32]  # [tick_samples], full scale ±1
+    engine_ns: int  # how long the launch took
+
+
+class Rings:
+    """The state tensors between ticks, which live in the engine's own input buffers.
+
+    Slot `tick mod window` of a ring takes the tick's keys and values after the launch, so that during the launch the
+    ring holds the `window` ticks before it.
+    """
+
+    def __init__(self, config: ModelConfig, engine: Engine) -> None:
+        inputs, outputs = engine.inputs, engine.outputs
+        self._valid = (inputs["perceive_valid"], inputs["present_valid"])
+        self._slots = []  # (ring [heads, window, tokens, head_dim], this tick's slice)
+        for layer in range(config.layers):
+            shape = (config.trunk.heads, layer_window(config, layer), layer_tokens(config, layer), config.head_dim)
+            for what in ("key", "value"):
+                self._slots.append((inputs[f"{what}_{layer}"].reshape(shape), outputs[f"new_{what}_{layer}"]))
+        states = [row.name for row in tensor_table(config) if row.role == "state" and row.name.startswith("vocoder_")]
+        self._vocoder = [(inputs[name], outputs[f"new_{name}"]) for name in states]
+        for array in (*self._valid, *(ring for ring, _ in self._slots), *(state for state, _ in self._vocoder)):
+            array[...] = 0  # nothing remembered, the vocoder silent
+        self.longest = max(valid.size for valid in self._valid)  # ticks
+
+    def absorb(self, tick: int) -> None:
+        """Take over what the launch of `tick` put out."""
+        for ring, new in self._slots:
+            ring[:, tick % ring.shape[1]] = new
+        for valid in self._valid:
+            valid[tick % valid.size] = 1
+        for state, new in self._vocoder:
+            state[...] = new
+
+    def lose(self, tick: int) -> None:
+        """`tick` was not run: its slots are absent until a later tick takes them, and the voice has broken off."""
+        for valid in self._valid:
+            valid[tick % valid.size] = 0
+        for state, _ in self._vocoder:
+            state[...] = 0
+
+
+class Session:
+    """Steps an engine from tick to tick. A session may begin at any tick number."""
+
+    def __init__(self, config: ModelConfig, engine: Engine, seed: int = 0) -> None:
+        self._config, self._engine, self._seed = config, engine, seed
+        self._rings = Rings(config, engine)
+        self._next: int | None = None  # the tick that follows the last one run or lost
+        for name in ("said", "acted"):
+            engine.inputs[name][...] = 0
+        tick_noise(config, seed, 0)  # the first call imports NumPy's generators
+
+    def skip(self, tick: int) -> None:
+        """Mark `tick` as lost."""
+        self._rings.lose(tick)
+        self._next = tick + 1
+
+    def step(
+        self,
+        tick: int,
+        mic: NDArray[np.float32],
+        voice: NDArray[np.float32],
+        frames: NDArray[np.uint8],
+        frame_age_s: float,
+        text: Sequence[int] = (),
+    ) -> Decision:
+        """Run tick `tick`; arrays and units as in the tensor table, `text` up to `text_in` word ids.
+
+        Ticks between the last one and this are marked as lost. Raises ValueError for a tick that is not later.
+        """
+        self._catch_up(tick)
+        config, inputs, outputs = self._config, self._engine.inputs, self._engine.outputs
+        inputs["mic"][...] = mic
+        inputs["voice"][...] = voice
+        inputs["frames"][...] = frames
+        inputs["frame_age"][0] = frame_age_s
+        inputs["text_in"][...] = 0
+        inputs["text_in"][: len(text)] = text
+        inputs["clock"][...] = clock_features(config, tick)
+        inputs["rope"][...] = rope_table(config, tick)
+        inputs["noise"][...] = tick_noise(config, self._seed, tick)
+        start_ns = time.perf_counter_ns()
+        self._engine.run()
+        engine_ns = time.perf_counter_ns() - start_ns
+        self._rings.absorb(tick)
+        # After lost ticks these are the last choices there were, so that the model knows what it has said already.
+        inputs["said"][...] = outputs["say"]
+        inputs["acted"][...] = outputs["act"]
+        self._next = tick + 1
+        return Decision(outputs["say"], int(outputs["act"][0]), outputs["say_prob"], outputs["act_prob"], outputs["speech"], engine_ns)
+
+    def _catch_up(self, tick: int) -> None:
+        first = tick if self._next is None else self._next
+        if tick < first:
+            raise ValueError(f"tick {tick} came after tick {first - 1}; ticks only go forward")
+        for lost in range(max(first, tick - self._rings.longest), tick):
+            self.skip(lost)

@@ -1,0 +1,167 @@
+"""Live sound on a real PulseAudio server: a room whose sound is the microphone, and a speaker that is recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from test_loop import RATE, TICK, noise, write_bundle
+
+NEEDED = ("pulseaudio", "pactl", "paplay", "parec")
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("pyaudio") is None, reason="PyAudio is not installed (extra 'board')"),
+    pytest.mark.skipif(
+        any(shutil.which(program) is None for program in NEEDED), reason="pulseaudio and pulseaudio-utils are not installed"
+    ),
+]
+
+Environment = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """A PulseAudio server of our own: null sinks `room`, whose monitor is the default microphone, and `speaker`, the default output."""
+    folder = tmp_path_factory.mktemp("pulse")
+    socket = folder / "socket"
+    (folder / ".asoundrc").write_text("pcm.!default { type pulse }\nctl.!default { type pulse }\n")
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "XDG_RUNTIME_DIR": str(folder),
+        "PULSE_SERVER": f"unix:{socket}",
+        "PULSE_LATENCY_MSEC": "20",  # without it the plugin moves two seconds at a time
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    modules = [
+        f"module-native-protocol-unix socket={socket} auth-anonymous=1",
+        "module-null-sink sink_name=room rate=16000 channels=1",
+        "module-null-sink sink_name=speaker rate=16000 channels=1",
+    ]
+    command = ["pulseaudio", "-n", "--daemonize=no", "--exit-idle-time=-1", "--disable-shm=yes", *(f"--load={m}" for m in modules)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 10
+        while subprocess.run(["pactl", "info"], env=environment, capture_output=True).returncode:
+            if time.monotonic() > deadline or server.poll() is not None:
+                pytest.skip("PulseAudio does not start here")
+            time.sleep(0.1)
+        for default in (["set-default-source", "room.monitor"], ["set-default-sink", "speaker"]):
+            subprocess.run(["pactl", *default], env=environment, check=True)
+        yield environment
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "echo")
+
+
+def run(environment: Environment, bundle: Path, tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    events = tmp_path / "events.jsonl"
+    command = [sys.executable, "-m", "device.cli", "run", "--bundle", str(bundle), "--events", str(events), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0, done.stderr
+    assert "jack" not in done.stderr, "what PortAudio's search prints is kept off the terminal"
+    return [json.loads(line) for line in events.read_text().splitlines()]
+
+
+def lags(reference: np.ndarray, recorded: np.ndarray, piece: int) -> list[int]:
+    """By how much each piece of `recorded` comes after the same sound in `reference`; pieces that are nowhere in it are left out."""
+    found = []
+    for start in range(0, len(recorded) - piece, piece):
+        part = recorded[start : start + piece]
+        size = len(reference) + piece
+        correlation = np.fft.irfft(np.fft.rfft(reference, size) * np.conj(np.fft.rfft(part, size)), size)[: len(reference)]
+        best = int(np.argmax(correlation))
+        energy = np.linalg.norm(reference[best : best + piece]) * np.linalg.norm(part)
+        if correlation[best] > 0.9 * energy > 0:
+            found.append(start - best)
+    return found
+
+
+def test_nothing_is_lost_silently(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
+    sound, piece = noise(14 * RATE), RATE // 4
+    soundfile.write(tmp_path / "room.wav", sound, RATE)
+    record = ["parec", "--device=speaker.monitor", "--format=float32le", "--rate=16000", "--channels=1", "--latency-msec=20"]
+    with (tmp_path / "speaker.raw").open("wb") as raw:
+        recorder = subprocess.Popen(record, env=sound_server, stdout=raw)
+        player = subprocess.Popen(["paplay", "--device=room", str(tmp_path / "room.wav")], env=sound_server)
+        try:
+            events = run(sound_server, bundle, tmp_path, "--seconds", "4")
+        finally:
+            for child in (player, recorder):
+                child.terminate()
+                child.wait(10)
+    header, summary = events[0], events[-1]
+    assert (header["mic"], header["speaker"]) == ("live", "live"), "the default where there are devices"
+    assert summary["input_callback_errors"] == summary["output_callback_errors"] == 0
+    losses = [event for event in events if event["event"] in ("loss", "recovery")]
+    found = lags(sound, np.fromfile(tmp_path / "speaker.raw", np.float32), piece)
+    assert len(found) >= 12 - 2 * len(losses), "the engine repeats what it hears, so the speaker plays what the room did"
+    assert np.count_nonzero(np.diff(found)) <= len(losses), "and every slip is in the events"
+
+
+LISTEN_TO_ONESELF = """
+import sys
+import numpy as np
+from device.live_audio import LiveMicrophone, LiveSpeaker
+from device.ticker import RealtimeTicker
+
+tick, ticks = 3200, 15
+mic = LiveMicrophone(16000, tick)
+speaker, ticker = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000)
+captured, voice = np.zeros((ticks, tick), np.float32), np.zeros((ticks, tick), np.float32)
+random = np.random.default_rng(0)
+for device in (mic, speaker, ticker):
+    device.start()
+for k in range(ticks):
+    end = ticker.wait(k).tick * tick + tick
+    ticker.steer(mic.sync(end) * 62_500)
+    speaker.sync(end)
+    mic.read(end - tick, captured[k])
+    speaker.heard(end - tick, voice[k])
+    speaker.put(end + 1600, random.uniform(-0.5, 0.5, tick).astype(np.float32))
+for device in (mic, speaker):
+    device.close()
+np.save(sys.argv[1], np.stack([captured.ravel(), voice.ravel()]))
+"""
+
+
+def test_voice_is_what_the_microphone_hears_of_it(sound_server: Environment, tmp_path: Path) -> None:
+    environment = {**sound_server, "PULSE_SOURCE": "speaker.monitor"}
+    subprocess.run([sys.executable, "-c", LISTEN_TO_ONESELF, str(tmp_path / "heard.npy")], env=environment, check=True, timeout=30)
+    mic, voice = np.load(tmp_path / "heard.npy")
+    found = lags(mic, voice[RATE:], RATE // 8)
+    assert len(found) >= 4
+    assert abs(np.median(np.array(found) + RATE)) <= 80, "within 5 ms"
+
+
+def test_a_run_outlives_its_sound_server(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    command = [sys.executable, "-m", "device.cli", "run", "--bundle", str(bundle), "--events", str(events), "--seconds", "4"]
+    child = subprocess.Popen(command, env=sound_server, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (events.exists() and events.read_text().count("\n") > 10):
+        time.sleep(0.02)
+    subprocess.run(["pactl", "exit"], env=sound_server, check=True)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == 0, errors
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    summary = lines[-1]
+    assert (summary["event"], summary["ended_by"]) == ("summary", "seconds")
+    assert summary["ticks"] + summary["gap_ticks"] == 40, "silence at the right rate"
+    assert summary["inserted_samples"] >= 15 * TICK, "and counted"
