@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from export.distill.corpus import COMMANDS, RATE_HZ, Clip, Corpus
+from export.hands import draw_hand
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,3 +27,19 @@ def data_root() -> Path:
     if not (root / "words").is_dir():
         pytest.skip(f"no recordings of real people in {root}; set COPRESENCE_DATA to their folder")
     return root
+
+
+def tone(word: str, pitch_hz: float, speaker: str = "somebody") -> Clip:
+    """Half a second of tone in a second of faint noise stands for a word."""
+    samples = 1e-3 * np.random.default_rng(0).standard_normal(RATE_HZ)
+    samples[4000:12000] += 0.3 * np.sin(2 * np.pi * pitch_hz * np.arange(8000) / RATE_HZ)
+    return Clip(word, samples.astype(np.float32), speaker, 4000, 12000)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """A corpus that needs no recordings: tones for words, drawn hands for photographs."""
+    rng = np.random.default_rng(0)
+    words = {word: [tone(word, 200.0 + 100 * i)] for i, word in enumerate(COMMANDS)}
+    hands = {digit: [(draw_hand(digit, rng), "nobody")] for digit in range(10)}
+    return Corpus(words, [tone("bed", 1500.0)], {word: [] for word in COMMANDS}, [], [], hands)

@@ -73,8 +73,9 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
         declared: set[str] = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
         for name in names:
             declared |= _closure(name, extras)
-        for path in sorted((repository / folder).glob("*.py")):
-            for module in _imports(path) - sys.stdlib_module_names - set(PACKAGES):
+        files = sorted((repository / folder).glob("*.py"))
+        for path in files:
+            for module in _imports(path) - sys.stdlib_module_names - set(PACKAGES) - {file.stem for file in files}:
                 installed_as = {canonicalize_name(name) for name in distributions.get(module, [module])}
                 assert installed_as & declared, f"{path.relative_to(repository)} imports {module}, which extras {names} do not install"
 

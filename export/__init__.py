@@ -1,0 +1,1 @@
+"""What runs on a workstation: checkpoint in, proven bundle out."""

@@ -1,0 +1,151 @@
+"""`copresence-export`: what is done on a workstation, one subcommand per step."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from device.bundle import BundleError
+from device.config import ConfigError
+from device.tensors import TensorMismatch
+from export.errors import ExportError
+
+# Anything else is a defect and keeps its traceback.
+USER_ERRORS = (ExportError, BundleError, ConfigError, TensorMismatch, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; 0 when it did what was asked, 2 with one line on stderr when the input does not allow it."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except USER_ERRORS as error:
+        print(f"copresence-export {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="copresence-export", description="Checkpoints to bundles, and what belongs to it.")
+    parser.add_argument("--version", action="version", version=f"copresence-export {version('copresence')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="checkpoint to bundle: graph, vocabulary and manifest, proven against the reference ticks")
+    build.add_argument("checkpoint", type=Path, help="folder with model.safetensors and reference.safetensors")
+    build.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="BUNDLE",
+        help="folder to write; an older bundle there is replaced when the new one is whole",
+    )
+    build.set_defaults(run=_build)
+
+    show = commands.add_parser("show", help="print a bundle readably, after checking it")
+    show.add_argument("bundle", type=Path)
+    show.set_defaults(run=_show)
+
+    features = commands.add_parser("features", help="dMel levels of a sound file, u8[frames, 80]")
+    features.add_argument("sound", type=Path, metavar="IN.wav", help="any rate and channels")
+    features.add_argument("--out", type=Path, required=True, metavar="LEVELS.npy")
+    features.add_argument("--checkpoint", type=Path, help="take the level range of this checkpoint instead of the published [-7, 2]")
+    features.set_defaults(run=_features)
+
+    train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
+    train.add_argument("recipe", type=Path, help="JSON file, such as export/recipes/companion-nano.json")
+    train.add_argument("--data", type=Path, required=True, help="corpus folder with words/, other_words/, noise/ and signs/")
+    train.add_argument("--work", type=Path, required=True, help="folder for progress.csv and the state to resume from")
+    train.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder to write at the end")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="closed-loop hit rates on people of the corpus that training never met")
+    evaluate.add_argument("bundle", type=Path)
+    evaluate.add_argument("--data", type=Path, required=True, help="corpus folder")
+    evaluate.add_argument("--split", choices=("dev", "test"), default="test", help="dev is for choosing, test for reporting")
+    evaluate.add_argument("--scenes", type=int, default=120)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.set_defaults(run=_evaluate)
+
+    scene = commands.add_parser("scene", help="make the demonstration's scene: synthetic voices and drawn hands")
+    scene.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    scene.set_defaults(run=_scene)
+
+    timeline = commands.add_parser("timeline", help="tell what became of a demonstration and draw it on one time axis")
+    timeline.add_argument("folder", type=Path, help="folder with the scene, out.wav and events.jsonl")
+    timeline.set_defaults(run=_timeline)
+
+    bench = commands.add_parser("bench", help="print the table of engine, loop, start-up, memory and timer figures")
+    bench.add_argument("bundle", type=Path)
+    bench.add_argument("--repeats", type=int, default=5)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+# Each command imports what it needs: `show` must not wait for matplotlib, nor `build` need torch.
+
+
+def _build(a: argparse.Namespace) -> None:
+    from export.build import build
+
+    parity = build(a.checkpoint, a.out)
+    print(f"{a.out}: built; largest relative error against the reference: " + ", ".join(f"{n} {e:.1e}" for n, e in parity.items()))
+
+
+def _show(a: argparse.Namespace) -> None:
+    from device.bundle import Bundle
+    from export.build import show
+
+    print(show(Bundle.open(a.bundle)))
+
+
+def _features(a: argparse.Namespace) -> None:
+    import numpy as np
+
+    from export.checkpoint import read_config
+    from export.features import FrontEnd, read_audio
+
+    front_end = FrontEnd(read_config(a.checkpoint).audio if a.checkpoint else None)
+    levels = front_end.levels(read_audio(a.sound, front_end.config.audio.sample_rate_hz))
+    with a.out.open("wb") as file:
+        np.save(file, levels)
+    print(f"{a.out}: u8{list(levels.shape)}, levels {levels.min(initial=255)} to {levels.max(initial=0)}")
+
+
+def _train(a: argparse.Namespace) -> None:
+    from export.distill.finish import train_checkpoint
+
+    train_checkpoint(a.recipe, a.data, a.work, a.out)
+
+
+def _evaluate(a: argparse.Namespace) -> None:
+    from device.bundle import Bundle
+    from export.evaluate import evaluate
+
+    print(evaluate(Bundle.open(a.bundle), a.data, a.split, a.scenes, a.seed).table())
+
+
+def _scene(a: argparse.Namespace) -> None:
+    from export.demo import make_scene
+
+    cues = make_scene(a.out)
+    print(f"{a.out}: a scene of {len(cues)} cues")
+
+
+def _timeline(a: argparse.Namespace) -> None:
+    from export.demo import draw_timeline, report
+
+    draw_timeline(a.folder)
+    print(report(a.folder))
+
+
+def _bench(a: argparse.Namespace) -> None:
+    from export.bench import run_bench
+
+    run_bench(a.bundle, a.repeats)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
