@@ -1,0 +1,119 @@
+"""From trained weights to a checkpoint: the vocoder, the margins, and the reference ticks that every bundle is proven against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from device.config import ModelConfig
+from device.positions import clock_features, rope_table, tick_noise
+from device.tensors import layer_tokens, tensor_table
+from export.checkpoint import write_checkpoint
+from export.distill.model import TickModel
+from export.distill.train import Recipe, train
+from export.distill.voice import train_vocoder
+from export.espeak import speak
+from export.hands import draw_hand
+
+REFERENCE_TICKS = 12  # more than the perceiving window, so that its rings wrap
+
+
+def train_checkpoint(recipe_path: Path, data: Path, work: Path, out: Path) -> None:
+    """Everything from the recipe to the checkpoint folder `out`; parts that are done already in `work` are not done again."""
+    recipe = Recipe.read(recipe_path)
+    vocoder = work / "vocoder.safetensors"
+    work.mkdir(parents=True, exist_ok=True)
+    if not vocoder.exists():
+        train_vocoder(vocoder, recipe.model.text.words, recipe.vocoder_minutes, recipe.seed, recipe.model.voice.vocoder_width)
+    finish(train(recipe, data, work), recipe, vocoder, out)
+
+
+def finish(model: TickModel, recipe: Recipe, vocoder: Path, out: Path) -> None:
+    """Write the checkpoint: trunk and heads of `model`, the vocoder's weights, the recipe's margins, reference ticks."""
+    model.eval()
+    model.vocoder.load_state_dict(load_file(vocoder))
+    with torch.no_grad():
+        # A reaction must beat "nothing" by the margin: chosen on the dev people, part of the checkpoint.
+        model.say.bias[0] += recipe.say_margin
+        model.act.bias[0] += recipe.act_margin
+    weights = {name: value.detach().numpy().astype(np.float32) for name, value in model.state_dict().items()}
+    write_checkpoint(out, recipe.model, weights, reference_ticks(model))
+    (out / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
+
+
+def reference_ticks(model: TickModel, ticks: int = REFERENCE_TICKS, start: int = 0) -> dict[str, NDArray[np.generic]]:
+    """Inputs and outputs of `ticks` ticks from an empty memory, as PyTorch computes them: {tensor name: [ticks, …]}.
+
+    The input is synthetic: a spoken "up", a drawn hand, delivered text, and the speech of each tick played in the next.
+    """
+    c = model.config
+    table = tensor_table(c)
+    state = {row.name: torch.zeros(row.shape) for row in table if row.role == "state"}
+    valid = {"perceive_valid": torch.zeros(c.trunk.perceive_window), "present_valid": torch.zeros(c.trunk.present_window)}
+    mic, frames = _reference_sound(c, ticks), _reference_pictures(c, ticks)
+    voice = np.zeros_like(mic)
+    said, acted = np.zeros(c.text.say, np.int32), np.zeros(1, np.int32)
+    kept: dict[str, list[NDArray[np.generic]]] = {row.name: [] for row in table if row.role in ("input", "output")}
+    for tick in range(ticks):
+        span = slice(tick * c.tick_samples, (tick + 1) * c.tick_samples + c.context_samples)
+        text = np.zeros(c.text.text_in, np.int32)
+        text[0] = (tick == 5) * (len(c.text.words) - 1)
+        inputs: dict[str, NDArray[np.generic]] = {
+            "mic": mic[span],
+            "voice": voice[span],
+            "frames": frames[tick],
+            "frame_age": np.array([0.01 * tick], np.float32),
+            "text_in": text,
+            "said": said,
+            "acted": acted,
+            "clock": clock_features(c, start + tick),
+            "rope": rope_table(c, start + tick),
+            "noise": tick_noise(c, 0, start + tick),
+        } | {name: value.numpy().copy() for name, value in valid.items()}
+        outputs = model.step(state | {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()})
+        for name in kept:
+            kept[name].append(inputs[name] if name in inputs else outputs[name].numpy())
+        absorb(c, state, valid, outputs, start + tick)
+        said, acted = outputs["say"].numpy(), outputs["act"].numpy()
+        after = (tick + 1) * c.tick_samples + c.context_samples
+        voice[after : after + c.tick_samples] = outputs["speech"].numpy()[: len(voice) - after]
+    return {name: np.ascontiguousarray(np.stack(values)) for name, values in kept.items()}
+
+
+def absorb(
+    c: ModelConfig, state: dict[str, torch.Tensor], valid: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], tick: int
+) -> None:
+    """What a session does after a tick, on tensors: slices into their slots, the vocoder's state, the slots valid."""
+    for name in state:
+        new = outputs[f"new_{name}"]
+        if name.startswith("vocoder_"):
+            state[name] = new
+        else:
+            tokens = layer_tokens(c, int(name.rsplit("_", 1)[1]))
+            slot = tick % (state[name].shape[1] // tokens)
+            state[name][:, slot * tokens : (slot + 1) * tokens] = new
+    for slots in valid.values():
+        slots[tick % len(slots)] = 1
+
+
+def _reference_sound(c: ModelConfig, ticks: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng(0)
+    sound = (0.003 * rng.standard_normal(c.context_samples + ticks * c.tick_samples)).astype(np.float32)
+    word = speak("up", rate_hz=c.audio.sample_rate_hz)[: len(sound) - c.tick_samples]
+    sound[c.tick_samples : c.tick_samples + len(word)] += 0.5 * word
+    return sound
+
+
+def _reference_pictures(c: ModelConfig, ticks: int) -> NDArray[np.uint8]:
+    v, rng = c.video, np.random.default_rng(0)
+    side = min(v.height, v.width) * 3 // 4
+    empty = rng.integers(90, 120, (v.height, v.width, 3)).astype(np.uint8)
+    shown = empty.copy()
+    shown[:side, :side] = cv2.resize(draw_hand(3, rng), (side, side))
+    return np.stack([np.stack([shown if t >= ticks // 3 else empty] * v.frames) for t in range(ticks)])
