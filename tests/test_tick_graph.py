@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -54,11 +57,14 @@ def test_forward_step_and_graph_agree_on_every_output(model: TickModel, engine: 
     assert np.abs(steps["speech"]).max() > 0.01  # the comparison is of sound, not of silence
 
 
-def test_forward_and_step_agree_at_another_size() -> None:
-    model, scene = make_model(SMALL), make_scene(SMALL, 23)
-    forward, steps = run_forward(model, scene), run_steps(model, scene)
-    for name, values in forward.items():
-        assert relative_error(values, steps[name]) <= LIMIT, name
+@pytest.mark.parametrize("tick_ms", [100, 200, 400])
+def test_they_agree_at_another_size_and_tick_length(tick_ms: int, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, tick_ms=tick_ms)
+    model, scene = make_model(config), make_scene(config, 23)
+    forward, steps, graph = run_forward(model, scene), run_steps(model, scene), run_engine(make_engine(model, tmp_path), config, scene)
+    for name, values in steps.items():
+        assert relative_error(graph[name], values) <= LIMIT, name
+        assert name not in forward or relative_error(forward[name], values) <= LIMIT, name
 
 
 def test_a_lost_tick_is_seen_by_nobody_later() -> None:

@@ -128,7 +128,7 @@ def test_phase_is_exact_integer_arithmetic() -> None:
     frames = 40 * voice.TICK_FRAMES
     units = voice.hz_to_units(torch.empty(1, frames).uniform_(70.0, 400.0, generator=torch.Generator().manual_seed(0)))
     assert torch.all(units % tables.PITCH_STEP == 0) and units.max() * TICK_SAMPLES < 2**24
-    phases, phase = Vocoder.phases(units, torch.ones(1, 2 + frames, 80), torch.tensor([[1234.0]]))
+    phases, phase = Vocoder(8).phases(units, torch.ones(1, 2 + frames, 80), torch.tensor([[1234.0]]))
     exact = 1234 + np.cumsum(np.repeat(units[0].numpy().astype(np.int64), HOP_SAMPLES))
     np.testing.assert_array_equal(phases.flatten().numpy().astype(np.int64) % 65536, exact % 65536)
     assert int(phase) % 65536 == exact[-1] % 65536 and -32768 <= float(phase) < 32768
@@ -136,15 +136,15 @@ def test_phase_is_exact_integer_arithmetic() -> None:
 
 def test_phase_restarts_after_silence_only() -> None:
     units, height = torch.full((1, 16), 700.0), torch.ones(1, 18, 80)
-    assert float(Vocoder.phases(units, height, torch.zeros(1, 1))[1]) == (700 * 3200 + 32768) % 65536 - 32768
+    assert float(Vocoder(8).phases(units, height, torch.zeros(1, 1))[1]) == (700 * 3200 + 32768) % 65536 - 32768
     height[:, -1] = 0.0
-    assert float(Vocoder.phases(units, height, torch.zeros(1, 1))[1]) == 0.0
+    assert float(Vocoder(8).phases(units, height, torch.zeros(1, 1))[1]) == 0.0
 
 
 @pytest.mark.parametrize("pitch_hz", [70.0, 172.0, 400.0])
 def test_pulses_have_unit_power_at_every_pitch(pitch_hz: float) -> None:
     units = voice.hz_to_units(torch.full((1, 160), pitch_hz))
-    phases, _ = Vocoder.phases(units, torch.ones(1, 162, 80), torch.zeros(1, 1))
+    phases, _ = Vocoder(8).phases(units, torch.ones(1, 162, 80), torch.zeros(1, 1))
     assert abs(float(voice.pulses(phases, units).square().mean()) - 1) < 0.02
 
 

@@ -286,7 +286,7 @@ class TickModel(nn.Module):
         self.present = nn.ModuleList(Block(k.width, k.heads, k.mlp, c.layers) for _ in range(k.present_layers))
         self.norm = RMSNorm(k.width)
         self.say, self.act = nn.Linear(k.width, len(c.text.words)), nn.Linear(k.width, len(c.text.acts))
-        self.flow, self.vocoder = FlowHead(c), Vocoder(c.voice.vocoder_width)
+        self.flow, self.vocoder = FlowHead(c), Vocoder(c.voice.vocoder_width, c.mel_frames)
         self.register_buffer("modality_bias", torch.from_numpy(modality_bias(c)), persistent=False)
 
     # --- whole scenes -------------------------------------------------------------------------------------------

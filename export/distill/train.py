@@ -201,7 +201,7 @@ class SpeechTarget:
     """Which mel frames belong to which tick, given the words that were begun."""
 
     def __init__(self, c: ModelConfig) -> None:
-        mels = word_mels(c.text.words[1:])
+        mels = word_mels(c.text.words[1:], c.mel_frames)
         frames, channels = c.mel_frames, c.voice.mel_channels
         self.longest = max(len(m) for m in mels.values()) // frames
         table = np.full((len(c.text.words), self.longest * frames, channels), SILENCE, dtype=np.float32)

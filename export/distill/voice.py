@@ -24,7 +24,7 @@ from export.voice_tables import DELAY_SAMPLES, HOP_SAMPLES, MEL_CHANNELS, MEL_ME
 VOICE = "en-us+f2"
 WORDS_PER_MINUTE = 160  # the longest word, "ok", takes 0.65 s
 MEL_WINDOW, MEL_DFT = 800, 1024
-TICK_FRAMES = 16
+TICK_FRAMES = 16  # of a tick of 200 ms, unless the model's configuration says otherwise
 
 
 class State(NamedTuple):
@@ -53,9 +53,9 @@ class Vocoder(nn.Module):
     analysis: Tensor
     synthesis: Tensor
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, tick_frames: int = TICK_FRAMES) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.tick_frames = width, tick_frames
         self.first = nn.Linear(3 * MEL_CHANNELS, width)  # frames j-2, j-1, j
         self.second = nn.Linear(2 * width, width)  # frames j-1, j: the state then reaches back to the filter of frame -1
         self.out = nn.Linear(width, 1 + 2 * tables.BANDS)
@@ -101,8 +101,7 @@ class Vocoder(nn.Module):
         share = torch.exp(out[..., 1:].clamp(max=tables.SHARE_TOP))
         return height, hidden, out[:, 1:, 0], open_gain * share[..., : tables.BANDS], open_gain * share[..., tables.BANDS :]
 
-    @staticmethod
-    def phases(units: Tensor, height: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
+    def phases(self, units: Tensor, height: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
         """Pulse phase after each sample, f32[B, F, 200] in 2**-16 cycle, and the phase [B, 1] that the next tick begins with.
 
         Integers below 2**24 throughout, so every float32 runtime gets the same bits; a tick that ends in silence leaves
@@ -111,12 +110,12 @@ class Vocoder(nn.Module):
         steps = torch.arange(1, HOP_SAMPLES + 1, dtype=torch.float32, device=units.device)
         silent = height[:, 2:].mean(2) < tables.SILENT_ABOVE
         ticks = []
-        for start in range(0, units.shape[1], TICK_FRAMES):
-            tick = units[:, start : start + TICK_FRAMES]
+        for start in range(0, units.shape[1], self.tick_frames):
+            tick = units[:, start : start + self.tick_frames]
             after = HOP_SAMPLES * tick.cumsum(1)
             before = phase + after - HOP_SAMPLES * tick
             ticks.append(wrap(before[..., None] + tick[..., None] * steps))
-            phase = torch.where(silent[:, start + TICK_FRAMES - 1, None], torch.zeros_like(phase), wrap(phase + after[:, -1:]))
+            phase = torch.where(silent[:, start + self.tick_frames - 1, None], torch.zeros_like(phase), wrap(phase + after[:, -1:]))
         return torch.cat(ticks, 1), phase
 
 
@@ -193,14 +192,14 @@ def render_words(words: Iterable[str]) -> dict[str, np.ndarray]:
     return {word: _trimmed(speak(word, VOICE, WORDS_PER_MINUTE)) for word in words if word}
 
 
-def word_mels(words: Iterable[str]) -> dict[str, np.ndarray]:
-    """Normalised mel of each rendered word, f32[16 ticks, 80]: begins with the word, ends in at least two silent frames."""
+def word_mels(words: Iterable[str], tick_frames: int = TICK_FRAMES) -> dict[str, np.ndarray]:
+    """Normalised mel of each rendered word, f32[ticks · tick_frames, 80]: begins with the word, ends in at least two silent frames."""
     mels = {}
     for word, samples in render_words(words).items():
         # The window reaches 300 samples past a frame, so the word's own mel ends two frames after it.
         frames = -(-len(samples) // HOP_SAMPLES) + 4
-        ticks = -(-frames // TICK_FRAMES)
-        mels[word] = speech_mel(np.pad(samples, (0, ticks * TICK_FRAMES * HOP_SAMPLES - len(samples))))
+        ticks = -(-frames // tick_frames)
+        mels[word] = speech_mel(np.pad(samples, (0, ticks * tick_frames * HOP_SAMPLES - len(samples))))
     return mels
 
 
