@@ -18,8 +18,10 @@ from export.build import build
 from export.distill import train as train_module
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
+from export.distill.losses import SpeechTarget, perceive_kind
+from export.distill.recipe import Recipe, RecipeError
 from export.distill.scenes import WORDS
-from export.distill.train import Recipe, SpeechTarget, perceive_kind, train
+from export.distill.train import train
 from export.distill.voice import Vocoder, word_mels
 from export.voice_tables import SILENCE
 
@@ -41,6 +43,27 @@ def recipe_path(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(recipe))
     return path
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": {"width": 3}}, "unknown config key 'width'"),
+        ({"seed": None}, "seed"),
+        ({"speed": 1}, "speed"),
+        (None, "not a training recipe"),
+    ],
+)
+def test_an_unfit_recipe_is_refused(change: dict[str, object] | None, named: str, recipe_path: Path) -> None:
+    recipe = json.loads(recipe_path.read_text())
+    if change == {"seed": None}:
+        del recipe["seed"]
+    elif change is not None:
+        recipe |= change
+    recipe_path.write_text("[" if change is None else json.dumps(recipe))
+    with pytest.raises(RecipeError, match=named) as error:
+        Recipe.read(recipe_path)
+    assert str(recipe_path) in str(error.value)
 
 
 def test_perception_alone_is_perception_in_a_scene() -> None:

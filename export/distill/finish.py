@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
@@ -16,7 +15,8 @@ from device.positions import clock_features, rope_table, tick_noise
 from device.tensors import layer_tokens, tensor_table
 from export.checkpoint import write_checkpoint
 from export.distill.model import TickModel
-from export.distill.train import Recipe, train
+from export.distill.recipe import Recipe
+from export.distill.train import train
 from export.distill.voice import train_vocoder
 from export.espeak import speak
 from export.hands import draw_hand
@@ -44,7 +44,6 @@ def finish(model: TickModel, recipe: Recipe, vocoder: Path, out: Path) -> None:
         model.act.bias[0] += recipe.act_margin
     weights = {name: value.detach().numpy().astype(np.float32) for name, value in model.state_dict().items()}
     write_checkpoint(out, recipe.model, weights, reference_ticks(model))
-    (out / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
 
 
 def reference_ticks(model: TickModel, ticks: int = REFERENCE_TICKS, start: int = 0) -> dict[str, NDArray[np.generic]]:

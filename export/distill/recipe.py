@@ -1,0 +1,52 @@
+"""The recipe of a checkpoint: one JSON file with the model's configuration, the stages of its training and their numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.config import ConfigError, ModelConfig
+from export.distill.scenes import ACTS, WORDS
+from export.errors import ExportError
+
+
+class RecipeError(ExportError):
+    """A recipe that cannot be followed; the text names file and field. Remedy: correct the file."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `batch` scenes (or words and as many hands) a step, Muon's and AdamW's learning rates, linear decay at the end."""
+
+    steps: int
+    batch: int
+    muon_lr: float
+    adam_lr: float
+    decay: float = 0.6  # fraction of the steps over which the rates fall to zero
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `copresence-export train` reads."""
+
+    name: str
+    seed: int
+    ticks: int  # length of a scene
+    model: ModelConfig
+    perception: Stage
+    scenes: Stage
+    vocoder_minutes: float  # on one thread
+    say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
+    act_margin: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read the JSON file at `path`; the vocabulary is the scenes'. Raises RecipeError."""
+        try:
+            raw = json.loads(path.read_text())
+            model = ModelConfig.from_dict(raw.pop("model") | {"text": {"words": WORDS, "acts": ACTS}})
+            return cls(model=model, perception=Stage(**raw.pop("perception")), scenes=Stage(**raw.pop("scenes")), **raw)
+        except (ConfigError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
+            raise RecipeError(f"{path}: not a training recipe: {reason}; see export/recipes/companion-nano.json") from error
