@@ -22,6 +22,8 @@ class AudioFileError(ExportError):
 
 def read_audio(path: Path, rate_hz: int) -> NDArray[np.float32]:
     """Any rate and channels to mono f32[n] at `rate_hz`; raises AudioFileError."""
+    if not path.is_file():
+        raise AudioFileError(f"{path}: no such file; give a WAV or FLAC file")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:

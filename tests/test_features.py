@@ -143,4 +143,6 @@ def test_what_is_no_sound_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "text.wav").write_text("not sound")
     assert main(["features", str(tmp_path / "text.wav"), "--out", str(tmp_path / "levels.npy")]) == 2
     assert "text.wav: cannot be read as sound" in capsys.readouterr().err
+    assert main(["features", str(tmp_path / "nothing.wav"), "--out", str(tmp_path / "levels.npy")]) == 2
+    assert "nothing.wav: no such file" in capsys.readouterr().err
     assert not (tmp_path / "levels.npy").exists()

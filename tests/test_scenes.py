@@ -17,12 +17,12 @@ from export.distill.scenes import (
     IGNORE,
     REACTION_S,
     WORDS,
-    Chance,
     Scene,
     hand_frames,
     make_scene,
     word_windows,
 )
+from export.distill.sounds import Chance
 from export.hands import draw_hand
 
 CONFIG = ModelConfig(text=TextConfig(WORDS, ACTS))
