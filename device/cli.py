@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
     run.add_argument(
         "--text",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="SECONDS:TOKENS",
         help="words to deliver as text at a time, such as '2.5:count three'",
