@@ -564,9 +564,10 @@ def test_bad_arguments_are_one_line_and_exit_2(bundle: Path, capsys: pytest.Capt
 
 
 def test_events_to_standard_output_are_nothing_but_events(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--bundle", str(bundle), "--clock", "simulated", "--seconds", "0.4", "--events", "-", "--text", "0:one", "9:two"]) == 0
+    simulated = ["run", "--bundle", str(bundle), "--clock", "simulated", "--seconds", "0.4"]
+    assert main([*simulated, "--events", "-", "--text", "0:one", "9:two"]) == 0
     assert [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()] == ["header", *["tick"] * 4, "summary"]
-    assert main(["run", "--bundle", str(bundle), "--clock", "simulated", "--seconds", "0.4", "--text", "0.1:one two"]) == 0
+    assert main([*simulated, "--text", "0.1:one two"]) == 0
     said, summary = capsys.readouterr().out.splitlines()
     assert said == "     0.20 s  says one two, does up"
     assert summary.startswith("4 ticks, 0 lost")
