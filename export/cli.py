@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("bundle", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, help="corpus folder")
     evaluate.add_argument("--split", choices=("dev", "test"), default="test", help="dev is for choosing, test for reporting")
-    evaluate.add_argument("--scenes", type=int, default=120)
+    evaluate.add_argument("--scenes", type=int, default=240)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run=_evaluate)
 
