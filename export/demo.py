@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -72,7 +73,7 @@ def make_scene(folder: Path) -> list[Cue]:
     soundfile.write(folder / SCENE_WAV, np.clip(sound, -1, 1), RATE_HZ)
     for start_s, end_s, digit in _HANDS:
         cues.append(Cue("hand", str(digit), start_s, end_s, _DIGITS[digit]))
-    _write_video(folder / SCENE_VIDEO, rng)
+    write_hands(folder / SCENE_VIDEO, _HANDS, LENGTH_S)
     cues.sort(key=lambda cue: cue.start_s)
     (folder / SCRIPT).write_text(json.dumps([asdict(cue) for cue in cues], indent=1))
     return cues
@@ -83,17 +84,19 @@ def _trim(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     return samples[loud[0] : loud[-1] + 1].copy()
 
 
-def _write_video(path: Path, rng: np.random.Generator) -> None:
+def write_hands(path: Path, showings: Sequence[tuple[float, float, int]], length_s: float) -> None:
+    """A video of a room in which drawn hands are held up: `showings` are (start, end in s, digit)."""
+    rng = np.random.default_rng(SEED)
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
     room = np.stack([120 + 40 * rows / HEIGHT, 130 + 20 * columns / WIDTH, 140 - 30 * rows / HEIGHT], axis=-1)
     cv2.rectangle(room, (20, 60), (110, 150), (90, 100, 80), -1)  # a picture on the wall
-    hands = [(start, end, cv2.resize(draw_hand(digit, rng, 100), (190, 190))) for start, end, digit in _HANDS]
+    hands = [(start, end, cv2.resize(draw_hand(digit, rng, 100), (190, 190))) for start, end, digit in showings]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=FRAME_RATE_HZ)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
         stream.time_base = Fraction(1, FRAME_RATE_HZ)
         stream.options = {"q:v": "3"}
-        for i in range(int(LENGTH_S * FRAME_RATE_HZ)):
+        for i in range(int(length_s * FRAME_RATE_HZ)):
             picture = room + rng.normal(0, 3, room.shape)
             for start_s, end_s, hand in hands:
                 if start_s <= i / FRAME_RATE_HZ < end_s:
