@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ from export.graph import build_graph
 
 # The largest relative error against PyTorch that a bundle may have: float32 sums in another order.
 PARITY_LIMIT = 1e-4
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 NEAR_SILENCE = 0.01  # of full scale: an error is not measured against less
 
 
@@ -117,7 +119,6 @@ def _replacing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    old = scratch.with_name(scratch.name + ".old")
     try:
         new = scratch / "new"
         new.mkdir()
@@ -126,16 +127,19 @@ def _replacing(out: Path) -> Iterator[Path]:
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         if out.exists():
-            out.rename(old)
-        try:
+            _exchange(new, out)
+        else:
             new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders in one step, so that a kill at any time leaves a whole bundle; raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"folders cannot be exchanged in one step: {os.strerror(code)}")
 
 
 def show(bundle: Bundle) -> str:

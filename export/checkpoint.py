@@ -19,6 +19,7 @@ from device.tensors import tensor_table
 from export import voice_tables
 from export.constants import HMLP_FOLDS
 from export.errors import ExportError
+from export.filters import split_dft
 
 WEIGHTS_NAME = "model.safetensors"
 REFERENCE_NAME = "reference.safetensors"
@@ -132,10 +133,21 @@ def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
         config = ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
     except (json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    fixed = {"hop_samples": voice_tables.HOP_SAMPLES, "mel_channels": voice_tables.MEL_CHANNELS}
-    for field, value in fixed.items():
-        if getattr(config.voice, field) != value:
-            raise CheckpointError(f"{file}: config field 'voice.{field}' must be {value}, the vocoder's; train the voice for it")
+    # What the graph's fixed matrices are made for; anything else would be ignored or break later.
+    fixed = {
+        "audio.sample_rate_hz": (config.audio.sample_rate_hz, voice_tables.RATE_HZ),
+        "voice.hop_samples": (config.voice.hop_samples, voice_tables.HOP_SAMPLES),
+        "voice.mel_channels": (config.voice.mel_channels, voice_tables.MEL_CHANNELS),
+        "voice.vocoder_bands": (config.voice.vocoder_bands, voice_tables.BANDS),
+        "voice.fir_samples": (config.voice.fir_samples, voice_tables.FIR_SAMPLES),
+    }
+    for field, (value, wanted) in fixed.items():
+        if value != wanted:
+            raise CheckpointError(f"{file}: config field '{field}' is {value} and must be {wanted}, the vocoder's; train with that")
+    try:
+        split_dft(config.audio.window_samples)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: config field 'audio.window_samples': {error}; train with that") from error
     return config
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ticks import SMALL, make_model
 
 from device.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle
+from export import build as build_module
 from export.build import PARITY_LIMIT
 from export.checkpoint import REFERENCE_NAME, WEIGHTS_NAME, read_checkpoint, write_checkpoint
 from export.cli import main
@@ -128,6 +129,18 @@ def corrupt_config_value(checkpoint: Path) -> None:
     rewrite(checkpoint / WEIGHTS_NAME, {}, {"tick_ms": 190})
 
 
+def corrupt_bands(checkpoint: Path) -> None:
+    rewrite(checkpoint / WEIGHTS_NAME, {}, {"voice": SMALL.to_dict()["voice"] | {"vocoder_bands": 32}})
+
+
+def corrupt_rate(checkpoint: Path) -> None:
+    rewrite(checkpoint / WEIGHTS_NAME, {}, {"audio": SMALL.to_dict()["audio"] | {"sample_rate_hz": 24000}})
+
+
+def corrupt_window(checkpoint: Path) -> None:
+    rewrite(checkpoint / WEIGHTS_NAME, {}, {"audio": SMALL.to_dict()["audio"] | {"hop_samples": 640, "window_samples": 1280}})
+
+
 def corrupt_no_config(checkpoint: Path) -> None:
     save_file(load_file(checkpoint / WEIGHTS_NAME), checkpoint / WEIGHTS_NAME)
 
@@ -158,6 +171,9 @@ def corrupt_other_weights(checkpoint: Path) -> None:
         (corrupt_nan, "weight 'norm.weight' holds NaN"),
         (corrupt_config_key, "unknown config key 'tick_mss'"),
         (corrupt_config_value, "config field 'audio.hop_samples'"),
+        (corrupt_bands, "config field 'voice.vocoder_bands' is 32 and must be 64"),
+        (corrupt_rate, "config field 'audio.sample_rate_hz' is 24000 and must be 16000"),
+        (corrupt_window, "config field 'audio.window_samples'"),
         (corrupt_no_config, "no 'config'"),
         (corrupt_no_reference, "reference.safetensors: no such file"),
         (corrupt_reference_shape, "reference tensor 'mic'"),
@@ -177,6 +193,23 @@ def test_an_unfit_checkpoint_is_refused_and_loses_nothing(
     assert named in error and error.count("\n") == 1
     assert Bundle.open(out).digest == before
     assert sorted(p.name for p in tmp_path.iterdir() if p != checkpoint) == ["bundle"]  # no scratch folders
+
+
+def test_a_bundle_is_replaced_in_one_step(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    assert build(checkpoint, out) == 0
+    inode, seen = out.stat().st_ino, []
+    exchange = build_module._exchange
+
+    def watched(new: Path, old: Path) -> None:
+        seen.append(Bundle.open(old).digest)  # whole until the very step
+        exchange(new, old)
+        seen.append(Bundle.open(old).digest)  # and at once after it
+
+    monkeypatch.setattr(build_module, "_exchange", watched)
+    assert build(checkpoint, out) == 0
+    assert len(seen) == 2 and out.stat().st_ino != inode
+    assert sorted(os.listdir(tmp_path)) == ["bundle", "tiny"]
 
 
 def test_what_is_no_bundle_is_not_overwritten(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
