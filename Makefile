@@ -24,8 +24,8 @@ help: ## list these targets
 .PHONY: demo
 demo: $(VENV)/.demo bundle ## make a scene, run the companion on it in real time, and show what it heard, saw, said and did
 	$(BIN)/copresence-export scene --out $(DEMO)
-	$(BIN)/copresence run --bundle $(BUNDLE) --mic $(DEMO)/scene.wav --camera $(DEMO)/scene.mkv \
-		--speaker $(DEMO)/out.wav --events $(DEMO)/events.jsonl --clock realtime
+	mapfile -t text < $(DEMO)/scene.txt; $(BIN)/copresence run --bundle $(BUNDLE) --mic $(DEMO)/scene.wav --camera $(DEMO)/scene.mkv \
+		--text "$${text[@]}" --speaker $(DEMO)/out.wav --events $(DEMO)/events.jsonl --clock realtime
 	$(BIN)/copresence-export timeline $(DEMO)
 
 .PHONY: bundle
@@ -47,9 +47,9 @@ lint: $(VENV)/.setup ## ruff, mypy and the import rule
 bench: $(VENV)/.setup bundle ## measure the tick on this machine, as a table
 	$(BIN)/copresence-export bench $(BUNDLE)
 
-.PHONY: evaluate
-evaluate: $(VENV)/.setup bundle ## hit rates and false reactions in closed loop, on people that training never met
-	$(BIN)/copresence-export evaluate $(BUNDLE) --data $(DATA)
+.PHONY: presence
+presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the same scenes, with people that training never met
+	$(BIN)/copresence-export evaluate $(BUNDLE) --data $(DATA) --ablations --out build/presence
 
 .PHONY: train
 train: $(VENV)/.setup ## train the checkpoint in this repository anew; goes on where it was stopped
@@ -77,7 +77,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
-	.ci/packages espeak-ng gcc python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2
-	$(PIP) "$$(sed -n 's/^distill = .*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
-	$(PIP) --editable '.[board,export,distill,dev]'
+	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2
+	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
+	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'
 	@touch $(VENV)/.demo $@

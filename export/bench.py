@@ -95,9 +95,11 @@ def _table(bundle: Path, runs: list[Summary], cyclic: list[dict[str, float] | No
     def over_runs(read: Callable[[Summary], float]) -> float:
         return median(read(run) for run in runs)
 
+    tick_ms = json.loads((bundle / "manifest.json").read_text())["tick_ms"]
     rows = [
         ("engine, p50", over_runs(lambda r: r["engine_ms"]["p50"]), "ms", "6"),
         ("engine, p99", over_runs(lambda r: r["engine_ms"]["p99"]), "ms", "12"),
+        ("real-time factor: engine p50 over the tick", over_runs(lambda r: r["engine_ms"]["p50"]) / tick_ms, "", ""),
         ("loop without the engine, p50", over_runs(lambda r: r["overhead_ms"]["p50"]), "ms", "1"),
         ("loop without the engine, p99", over_runs(lambda r: r["overhead_ms"]["p99"]), "ms", ""),
         ("process start to first tick", over_runs(lambda r: r["first_tick_s"]), "s", "2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -55,18 +56,36 @@ def _parser() -> argparse.ArgumentParser:
     features.set_defaults(run=_features)
 
     train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
-    train.add_argument("recipe", type=Path, help="JSON file, such as export/recipes/companion-nano.json")
-    train.add_argument("--data", type=Path, required=True, help="corpus folder with words/, other_words/, noise/ and signs/")
-    train.add_argument("--work", type=Path, required=True, help="folder for progress.csv and the state to resume from")
-    train.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder to write at the end")
-    train.set_defaults(run=_train)
+    distill = commands.add_parser("distill", help="the same with a teacher, whose probabilities are half of what is learned")
+    distill.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder that `train` wrote")
+    for command in (train, distill):
+        command.add_argument("recipe", type=Path, help="JSON file, such as export/recipes/companion-nano.json")
+        command.add_argument("--data", type=Path, help="corpus folder with words/, other_words/, noise/ and signs/")
+        command.add_argument("--scenes", metavar="PATTERN", help="shards with scenes to take instead of made ones, such as 'scenes/*.tar'")
+        command.add_argument("--start", type=Path, metavar="CHECKPOINT", help="go on from its weights; for a recipe of the same model")
+        command.add_argument("--work", type=Path, required=True, help="folder for progress.csv and the state to resume from")
+        command.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder to write at the end")
+        command.set_defaults(run=_train, teacher=None)
 
-    evaluate = commands.add_parser("evaluate", help="closed-loop hit rates on people of the corpus that training never met")
+    scenes = commands.add_parser("scenes", help="make training scenes as WebDataset shards (export/distill/SCENES.md)")
+    scenes.add_argument("recipe", type=Path, help="whose model and length of scenes they are for")
+    scenes.add_argument("--data", type=Path, required=True, help="corpus folder")
+    scenes.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="shards that are there already are kept")
+    scenes.add_argument("--count", type=int, default=1000)
+    scenes.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    scenes.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    scenes.set_defaults(run=_scenes)
+
+    evaluate = commands.add_parser("evaluate", help="the scoreboard: closed loop, with people of the corpus that training never met")
     evaluate.add_argument("bundle", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, help="corpus folder")
     evaluate.add_argument("--split", choices=("dev", "test"), default="test", help="dev is for choosing, test for reporting")
-    evaluate.add_argument("--scenes", type=int, default=240)
+    evaluate.add_argument("--scenes", type=int, default=50, help="at least so many that ask for each behaviour (default 50)")
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--systems", nargs="+", metavar="NAME", help="default: presence telephone walkie-talkie")
+    evaluate.add_argument("--ablations", action="store_true", help="also without video, own voice, clock, text, or one of the two frames")
+    evaluate.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for scoreboard.json, scoreboard.md and three.png")
     evaluate.set_defaults(run=_evaluate)
 
     scene = commands.add_parser("scene", help="make the demonstration's scene: synthetic voices and drawn hands")
@@ -116,15 +135,34 @@ def _features(a: argparse.Namespace) -> None:
 
 def _train(a: argparse.Namespace) -> None:
     from export.distill.finish import train_checkpoint
+    from export.distill.train import Source
 
-    train_checkpoint(a.recipe, a.data, a.work, a.out)
+    train_checkpoint(a.recipe, Source(a.data, a.scenes, a.start), a.work, a.out, a.teacher)
+
+
+def _scenes(a: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from export.distill.recipe import Recipe
+    from export.distill.shards import write_scenes
+
+    with tqdm(unit="shard") as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.refresh()
+
+        shards = write_scenes(a.out, a.data, Recipe.read(a.recipe), a.count, a.seed, a.jobs, progress)
+    print(f"{a.out}: {a.count} scenes in {len(shards)} shards")
 
 
 def _evaluate(a: argparse.Namespace) -> None:
-    from device.bundle import Bundle
-    from export.evaluate import evaluate
+    from export.scoreboard.board import SYSTEMS
+    from export.scoreboard.evaluate import evaluate
+    from export.scoreboard.systems import ABLATIONS
 
-    print(evaluate(Bundle.open(a.bundle), a.data, a.split, a.scenes, a.seed).table())
+    names = [*(a.systems or SYSTEMS), *(ABLATIONS if a.ablations else ())]
+    print(evaluate(a.bundle, a.data, a.split, a.scenes, a.seed, names, a.jobs, a.out))
 
 
 def _scene(a: argparse.Namespace) -> None:

@@ -122,7 +122,7 @@ class TickGraph(GraphBuilder):
         self.output("act", self.op("Cast", acted, to=onnx.TensorProto.INT32, name="act/token"))
         flow_noise, vocoder_noise = self.split("noise", [k.summary_tokens * c.flow_dim, c.tick_samples], axis=0)
         with self.scope("flow"):
-            mel = self.flow(top, chosen, self.reshape(flow_noise, k.summary_tokens, c.flow_dim))
+            mel = self.flow(top, chosen, acted, self.reshape(flow_noise, k.summary_tokens, c.flow_dim))
         with self.scope("vocoder"):
             self.vocoder(self.reshape(mel, c.mel_frames, c.voice.mel_channels), vocoder_noise)
         return self.model()
@@ -320,11 +320,12 @@ class TickGraph(GraphBuilder):
 
     # --- speech ---------------------------------------------------------------------------------------------------
 
-    def flow(self, top: str, chosen: str, noise: str) -> str:
+    def flow(self, top: str, chosen: str, acted: str, noise: str) -> str:
         c, s = self.c, self.c.voice
         x = self.add(top, self.weight("flow.place"))
         for i, word in enumerate(self.split(chosen, [1] * c.text.say, axis=0)):
             x = self.add(x, self.op("Gather", self.weight(f"flow.chosen.{i}.weight"), word, name=f"chosen{i}"))
+        x = self.add(x, self.op("Gather", self.weight("flow.chosen_act.weight"), acted, name="chosen_act"))
         conditions = self.linear(x, "flow.condition", bias=True)
         x = noise
         for step in range(s.flow_steps):

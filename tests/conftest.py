@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.distill.corpus import COMMANDS, RATE_HZ, Clip, Corpus
+from export.distill.clips import COMMANDS, RATE_HZ, Clip
+from export.distill.corpus import Corpus, Voices
 from export.hands import draw_hand
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,4 +43,4 @@ def corpus() -> Corpus:
     rng = np.random.default_rng(0)
     words = {word: [tone(word, 200.0 + 100 * i)] for i, word in enumerate(COMMANDS)}
     hands = {digit: [(draw_hand(digit, rng), "nobody")] for digit in range(10)}
-    return Corpus(words, [tone("bed", 1500.0)], {word: [] for word in COMMANDS}, [], [], hands)
+    return Corpus(Voices(words, [tone("bed", 1500.0)]), [], hands)

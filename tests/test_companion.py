@@ -10,7 +10,7 @@ import soundfile
 
 from device.cli import main as run
 from export.build import build
-from export.demo import EVENTS, OUT_WAV, RATE_HZ, SCENE_VIDEO, SCENE_WAV, make_scene, read_events, report, write_hands
+from export.demo import EVENTS, OUT_WAV, RATE_HZ, SCENE_VIDEO, SCENE_WAV, TEXT, make_scene, read_events, report, write_hands
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SHOWN_S, PERIOD_S = 1.5, 2.5
@@ -23,40 +23,66 @@ def bundle(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def companion(bundle: Path, folder: Path, mic: str) -> None:
+def companion(bundle: Path, folder: Path, mic: str, text: tuple[str, ...] = ()) -> None:
     files = ("--camera", str(folder / SCENE_VIDEO), "--speaker", str(folder / OUT_WAV), "--events", str(folder / EVENTS))
-    assert run(["run", "--bundle", str(bundle), "--mic", mic, *files, "--clock", "simulated"]) == 0
+    assert run(["run", "--bundle", str(bundle), "--mic", mic, *files, *(("--text", *text) if text else ()), "--clock", "simulated"]) == 0
 
 
 def test_it_answers_the_demonstration(bundle: Path, tmp_path: Path) -> None:
     make_scene(tmp_path)
-    companion(bundle, tmp_path, str(tmp_path / SCENE_WAV))
+    companion(bundle, tmp_path, str(tmp_path / SCENE_WAV), tuple((tmp_path / TEXT).read_text().splitlines()))
     summary = next(line for line in report(tmp_path).splitlines() if "cues answered" in line)
-    hits, wanted, others = (int(word) for word in summary.replace(",", "").split() if word.isdigit() and word != "100")
-    assert hits >= wanted - 1 and others <= 1, summary
+    hits, wanted, others = (int(word) for word in summary.replace(",", "").split() if word.isdigit() and word != "200")
+    assert hits >= 0.8 * wanted and others <= 4, summary
 
 
-def test_its_voice_is_understood(bundle: Path, tmp_path: Path) -> None:
+Spoken = tuple[list[tuple[float, str]], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def spoken(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
+    """What it says to twenty hands, one after the other: (edge in s, word), and the sound."""
+    folder = tmp_path_factory.mktemp("hands")
+    shown = np.repeat(np.arange(10), 2)
+    write_hands(
+        folder / SCENE_VIDEO, [(i * PERIOD_S + 0.5, i * PERIOD_S + 0.5 + SHOWN_S, int(d)) for i, d in enumerate(shown)], 20 * PERIOD_S
+    )
+    companion(bundle, folder, "none")
+    sound, _ = soundfile.read(folder / OUT_WAV, dtype="float32")
+    ticks = [event for event in read_events(folder / EVENTS) if event["event"] == "tick"]
+    return [(event["t_s"], word) for event in ticks for word in event["say"]], sound
+
+
+def test_its_voice_is_understood(spoken: Spoken, tmp_path: Path) -> None:
     from pocketsphinx import Decoder
 
     grammar = tmp_path / "digits.gram"
     grammar.write_text(f"#JSGF V1.0;\ngrammar digits;\npublic <digit> = {' | '.join(DIGITS)};\n")
     decoder = Decoder(jsgf=str(grammar), loglevel="FATAL")
-    shown = np.repeat(np.arange(10), 2)
-    write_hands(
-        tmp_path / SCENE_VIDEO, [(i * PERIOD_S + 0.5, i * PERIOD_S + 0.5 + SHOWN_S, int(d)) for i, d in enumerate(shown)], 20 * PERIOD_S
-    )
-    companion(bundle, tmp_path, "none")
-    sound, _ = soundfile.read(tmp_path / OUT_WAV, dtype="float32")
-    noise = np.random.default_rng(0)
-    said = [(event["t_s"], word) for event in read_events(tmp_path / EVENTS) if event["event"] == "tick" for word in event["say"]]
+    said, sound = spoken
     assert 18 <= len(said) <= 22, "once per showing"
-    understood = 0
+    noise, misheard = np.random.default_rng(0), []
     for at_s, word in said:
         start = int(at_s * RATE_HZ)
         piece = np.pad(sound[start : start + RATE_HZ], 4800) + 1e-3 * noise.standard_normal(RATE_HZ + 9600)  # −60 dBFS
         decoder.start_utt()
         decoder.process_raw((piece * 32767).astype(np.int16).tobytes(), full_utt=True)
         decoder.end_utt()
-        understood += decoder.hyp() is not None and decoder.hyp().hypstr == word
-    assert understood >= 0.95 * len(said)
+        if decoder.hyp() is None or decoder.hyp().hypstr != word:
+            misheard.append((word, decoder.hyp() and decoder.hyp().hypstr))
+    assert len(misheard) <= 0.05 * len(said), misheard
+
+
+def test_its_voice_does_not_click_between_ticks(spoken: Spoken) -> None:
+    """Spectral flux from one 10 ms frame to the next: across the borders of ticks no larger than inside of them."""
+    _, sound = spoken
+    border, frame = 60 * RATE_HZ // 1000, RATE_HZ // 100  # speech of a tick begins 60 ms after an edge
+    frames = sound[border : border + (len(sound) - border) // frame * frame].reshape(-1, frame)
+    spectra = np.log10(np.abs(np.fft.rfft(frames * np.hanning(frame))) + 1e-3)
+    voiced = np.sqrt(np.square(frames).mean(1)) > 0.01
+    both = voiced[:-1] & voiced[1:]
+    flux = np.maximum(np.diff(spectra, axis=0), 0).mean(1)
+    at_border = (np.arange(1, len(frames)) % 20) == 0
+    inside, across = flux[both & ~at_border], flux[both & at_border]
+    assert len(across) > 30
+    assert across.mean() < 1.15 * inside.mean() and np.percentile(across, 95) < 1.3 * np.percentile(inside, 95)

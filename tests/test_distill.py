@@ -16,12 +16,12 @@ from ticks import SMALL, make_model, make_scene
 from device.bundle import Bundle
 from export.build import build
 from export.distill import train as train_module
+from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
 from export.distill.losses import SpeechTarget, perceive_kind
 from export.distill.recipe import Recipe, RecipeError
-from export.distill.scenes import WORDS
-from export.distill.train import train
+from export.distill.train import Source, train
 from export.distill.voice import Vocoder, word_mels
 from export.voice_tables import SILENCE
 
@@ -38,6 +38,8 @@ def recipe_path(tmp_path: Path) -> Path:
         "perception": {"steps": 2, "batch": 4, "muon_lr": 0.01, "adam_lr": 0.001},
         "scenes": {"steps": 2, "batch": 2, "muon_lr": 0.01, "adam_lr": 0.001},
         "vocoder_minutes": 0.01,
+        "practice": 2,
+        "replays": 0.5,
         "act_margin": 1.5,
     }
     path = tmp_path / "tiny.json"
@@ -72,7 +74,7 @@ def test_perception_alone_is_perception_in_a_scene() -> None:
     probe: list[torch.Tensor] = []
     with torch.no_grad():
         tokens = model.embed(batch)
-        model.perceive_scene(tokens, batch["rope"], torch.ones(1, 8, dtype=torch.bool), probe)
+        model.perceive_scene(tokens, batch, probe)
         a = SMALL.audio_tokens
         for span in (slice(0, a), slice(a, a + SMALL.video_tokens)):
             alone = perceive_kind(model, tokens[:, :, span], batch["rope"][:, :, span])
@@ -86,7 +88,7 @@ def test_perception_is_blind_to_text_and_history() -> None:
     probes: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
         for inputs, probe in zip((batch, other), probes, strict=True):
-            model.perceive_scene(model.embed(inputs), inputs["rope"], torch.ones(1, 8, dtype=torch.bool), probe)
+            model.perceive_scene(model.embed(inputs), inputs, probe)
     perception = SMALL.audio_tokens + SMALL.video_tokens
     assert torch.equal(probes[0][0][:, :, :perception], probes[1][0][:, :, :perception])
     assert not torch.equal(probes[0][0][:, :, perception:], probes[1][0][:, :, perception:])
@@ -97,13 +99,15 @@ def test_speech_follows_the_word_that_was_begun() -> None:
     mels = word_mels(("one", "two", "ok"))
     ticks = {word: len(mel) // config.mel_frames for word, mel in mels.items()}
     say = torch.zeros(1, 12, dtype=torch.long)
-    say[0, 2], say[0, 6], say[0, 7] = 1, 2, 3  # "one"; then "two", cut off by "ok"
-    mel, sounds = SpeechTarget(config)(say)
+    cut = torch.zeros(1, 12, dtype=torch.bool)
+    say[0, 2], say[0, 6], say[0, 7], cut[0, 9] = 1, 2, 3, True  # "one"; then "two", cut off by "ok", which is broken off
+    mel, sounds = SpeechTarget(config)(say, cut)
     frames = mel[0].reshape(12, config.mel_frames, -1).numpy()
     assert np.array_equal(np.concatenate(frames[2 : 2 + ticks["one"]]), mels["one"])
     assert np.array_equal(frames[6], mels["two"][: config.mel_frames])
     assert np.array_equal(frames[7], mels["ok"][: config.mel_frames])
-    expected = [2 <= t < 2 + ticks["one"] or t == 6 or 7 <= t < 7 + ticks["ok"] for t in range(12)]
+    assert ticks["ok"] > 2
+    expected = [2 <= t < 2 + ticks["one"] or t == 6 or 7 <= t < 9 for t in range(12)]
     assert sounds[0].tolist() == expected
     assert (frames[np.logical_not(expected)] == np.float32(SILENCE)).all()
 
@@ -111,25 +115,25 @@ def test_speech_follows_the_word_that_was_begun() -> None:
 def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(
     recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "load_corpus", lambda data, split, cache: corpus)
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
     monkeypatch.setattr(train_module, "LOG_EVERY", 1)
     recipe, work = Recipe.read(recipe_path), tmp_path / "work"
     assert recipe.model.text.words == WORDS
     shorter = dataclasses.replace(recipe, scenes=dataclasses.replace(recipe.scenes, steps=1))
-    train(shorter, tmp_path, work, compiled=False)
+    train(shorter, Source(tmp_path), work, compiled=False)
     assert [(row["stage"], row["step"]) for row in _progress(work)] == [("perception", "1"), ("perception", "2"), ("scenes", "1")]
 
     state = torch.load(work / "resume.pt")  # as if stopped in the second stage
     state["stage"] = 1
     torch.save(state, work / "resume.pt")
-    model = train(recipe, tmp_path, work, compiled=False)
+    model, heads = train(recipe, Source(tmp_path), work, compiled=False)
     assert [row["stage"] for row in _progress(work)[3:]] == ["scenes", "scenes"]
     assert all(float(row["loss"]) > 0 for row in _progress(work))
 
     vocoder = tmp_path / "vocoder.safetensors"
     save_file(Vocoder(recipe.model.voice.vocoder_width).state_dict(), vocoder)
     before = model.act.bias[0].item()
-    finish(model, recipe, vocoder, tmp_path / "checkpoint")
+    finish(model, heads, recipe, vocoder, tmp_path / "checkpoint")
     assert model.act.bias[0].item() == pytest.approx(before + 1.5)
     build(tmp_path / "checkpoint", tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").config == recipe.model

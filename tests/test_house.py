@@ -64,6 +64,7 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
         "device": ("board", "jetson", "libcamera"),
         "export": ("export",),
         "export/distill": ("distill", "dev"),
+        "export/scoreboard": ("scoreboard",),
         "firmware_bridge": ("board",),
         "tests": ("board", "distill", "dev"),
     }

@@ -1,4 +1,4 @@
-"""The training scenes: people stay on their side of the split, targets come when they are due, and drawn hands differ."""
+"""The training scenes: people stay on their side of the split, the past is what a session would remember, and nothing gives itself away."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tone
+from scipy.signal import fftconvolve
 
 from device.config import ModelConfig, TextConfig
-from export.distill.corpus import COMMANDS, RATE_HZ, Corpus, CorpusMissing, load_corpus, split_of, word_span
-from export.distill.scenes import (
-    ACT_OF_WORD,
-    ACTS,
-    DIGITS,
-    IGNORE,
-    REACTION_S,
-    WORDS,
-    Scene,
-    hand_frames,
-    make_scene,
-    word_windows,
-)
-from export.distill.sounds import Chance
+from export.distill import scenes as scenes_module
+from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
+from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
+from export.distill.corpus import Corpus, CorpusMissing, load_corpus
+from export.distill.pictures import IGNORE, Thing
+from export.distill.scenes import Scene, hand_frames, make_scene, mixture, only, replay, word_windows
+from export.distill.script import REACTION_S
+from export.distill.sounds import ABOVE_NOISE, Chance, power
 from export.hands import draw_hand
 
 CONFIG = ModelConfig(text=TextConfig(WORDS, ACTS))
 TICK_S = CONFIG.tick_ms / 1000
+TICKS = 80
 
 
 @pytest.fixture(scope="module")
@@ -36,94 +32,183 @@ def voice_words() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def scenes(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> list[Scene]:
-    return [make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG) for seed in range(30)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes_module.Chance, "lost_ticks", 0.3)
+        return [make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS) for seed in range(40)]
 
 
 def test_shapes(scenes: list[Scene]) -> None:
-    c, ticks = CONFIG, 80
+    c = CONFIG
     for scene in scenes[:5]:
-        assert scene.mic.shape == scene.voice.shape == (c.context_samples + ticks * c.tick_samples,)
+        assert scene.mic.shape == scene.voice.shape == scene.room.shape == (c.context_samples + TICKS * c.tick_samples,)
         assert scene.mic.dtype == scene.voice.dtype == scene.frame_age.dtype == scene.say_weight.dtype == np.float32
-        assert scene.frames.shape == (ticks, 2, c.video.height, c.video.width, 3) and scene.frames.dtype == np.uint8
-        assert scene.frame_age.shape == (ticks, 1) and scene.said.shape == (ticks, c.text.say) and scene.acted.shape == (ticks, 1)
-        assert scene.text_in.shape == (ticks, c.text.text_in)
+        assert scene.frames.shape == (TICKS, 2, c.video.height, c.video.width, 3) and scene.frames.dtype == np.uint8
+        assert scene.frame_age.shape == (TICKS, 1) and scene.said.shape == (TICKS, c.text.say) and scene.acted.shape == (TICKS, 1)
+        assert scene.text_in.shape == (TICKS, c.text.text_in)
         assert np.abs(scene.mic).max() <= 1
 
 
-def test_same_seed_same_scene(corpus: Corpus, voice_words: dict[str, np.ndarray], scenes: list[Scene]) -> None:
-    again = make_scene(corpus, voice_words, np.random.default_rng(3), CONFIG)
-    for name, value in vars(scenes[3]).items():
-        assert np.array_equal(value, getattr(again, name)) if isinstance(value, np.ndarray) else value == getattr(again, name), name
-    assert not np.array_equal(scenes[3].mic, scenes[4].mic)
+def test_same_seed_same_scene(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    one, again, other = (make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS) for seed in (3, 3, 4))
+    assert all(np.array_equal(value, again.arrays[name]) for name, value in one.arrays.items())
+    assert again.trials == one.trials
+    assert not np.array_equal(one.mic, other.mic)
 
 
-def test_history_is_what_was_chosen_a_tick_earlier(scenes: list[Scene]) -> None:
+def test_all_behaviours_are_asked_for(scenes: list[Scene]) -> None:
+    asked = {trial.behaviour for scene in scenes for trial in scene.trials}
+    assert asked >= {
+        "act",
+        "ok",
+        "show",
+        "recite",
+        "yield",
+        "hold",
+        "timer",
+        "answer",
+        "ask",
+        "listen",
+        "count",
+        "weave",
+        "quiet",
+        "recall",
+    }
+
+
+def test_the_past_is_what_a_session_remembers(scenes: list[Scene]) -> None:
+    """Of a lost tick nothing is left: the tick after it is told what was chosen before."""
+    lost = 0
     for scene in scenes:
-        assert np.array_equal(scene.said[1:], scene.say_now[:-1]) and not scene.said[0].any() and not scene.acted[0].any()
+        said, acted = np.zeros(CONFIG.text.say, int), np.zeros(1, int)
+        for tick in range(TICKS):
+            assert np.array_equal(scene.said[tick], said) and np.array_equal(scene.acted[tick], acted)
+            if not scene.lost[tick]:
+                said, acted = scene.say_now[tick], scene.act_now[tick]
         assert not scene.say_now[scene.lost].any() and not scene.say_weight[scene.lost].any() and not scene.act_weight[scene.lost].any()
+        lost += int(scene.lost.sum())
+    assert lost > 3
 
 
-def test_targets_come_at_the_first_edge_after_the_event(scenes: list[Scene]) -> None:
-    on_time = {"act": 0, "show": 0}
+def test_lost_ticks_swallow_no_event(scenes: list[Scene]) -> None:
     for scene in scenes:
-        for event in scene.events:
-            if not event.clear or scene.lost.any():
-                continue
-            target, choice = (scene.act_target, ACTS.index(event.expected)) if event.kind == "act" else (scene.say_target, -1)
-            if event.kind == "act":
-                tick = next(k for k in range(81) if (k + 1) * TICK_S >= event.end_s + REACTION_S - 1e-9)
-            else:
-                choice = WORDS.index(event.expected)
-                oldest_s = TICK_S * np.arange(1, 81) - scene.frame_age[:, 0] - TICK_S / 2
-                tick = int(np.argmax(oldest_s >= event.onset_s)) if event.onset_s > 0 else int(np.argmax(scene.hand_label > 0))
-            if tick >= 80:
-                continue
-            weight = scene.act_weight if event.kind == "act" else scene.say_weight
-            if weight[tick]:
-                assert target[tick] == choice, event
-                on_time[event.kind] += 1
-            else:  # late by up to three ticks, wrong, or never before the hand went
-                assert target[tick : tick + 5].max() in (0, choice)
-    assert min(on_time.values()) > 40
+        for moment in scene.world.moments:
+            assert not (scene.lost[moment.tick] and (moment.heard or moment.appeared or moment.text))
 
 
-def test_every_answer_has_a_cause(scenes: list[Scene]) -> None:
+def test_a_word_belongs_to_the_first_edge_after_it(scenes: list[Scene]) -> None:
+    heard = 0
     for scene in scenes:
-        expected = [event.expected for event in scene.events]
-        for tick in np.flatnonzero(scene.act_target):
-            assert ACTS[scene.act_target[tick]] in expected
-        for tick in np.flatnonzero(scene.say_target):
-            assert scene.hand_label[tick] == scene.say_target[tick] - WORDS.index("zero") + 1
-        assert np.count_nonzero(scene.say_target) <= sum(event.kind == "show" for event in scene.events)
+        for moment in scene.world.moments:
+            for word in moment.heard:
+                assert moment.edge_s - TICK_S < word.end_s + REACTION_S <= moment.edge_s + 1e-9
+                assert scene.word_label[moment.tick] == moment.heard[-1].label or scene.lost[moment.tick]
+                heard += 1
+    assert heard > 200
 
 
-def test_speech_is_in_the_voice_and_its_echo_in_the_microphone(
-    corpus: Corpus, voice_words: dict[str, np.ndarray], scenes: list[Scene]
-) -> None:
-    c = CONFIG
-    checked = 0
-    for seed, scene in enumerate(scenes):
-        spoken = np.flatnonzero(scene.say_now[:, 0])
-        if not len(spoken):
-            assert not scene.voice.any()
-            continue
-        first_heard = int(np.flatnonzero(scene.voice)[0]) - c.context_samples
-        edge = c.tick_samples * (spoken[0] + 1)
-        if not scene.lost.any():
-            assert 0.020 * RATE_HZ <= first_heard - edge <= 0.120 * RATE_HZ
-        alone = make_scene(corpus, voice_words, np.random.default_rng(seed), c, closed_loop=True)
-        assert not alone.voice.any() and not alone.say_now.any() and np.array_equal(alone.frames, scene.frames)
-        if np.abs(alone.mic).max() < 0.9 and np.abs(scene.mic).max() < 0.9:
-            echo = np.convolve(scene.voice, alone.echo)[: len(scene.mic)]
-            assert np.allclose(scene.mic - alone.mic, echo, atol=1e-5)
-            checked += 1
-    assert checked > 10
+def test_acts_answer_words_at_once(scenes: list[Scene]) -> None:
+    on_time = 0
+    for scene in scenes:
+        for moment in scene.world.moments:
+            wanted = [ACT_OF_WORD[word.name] for word in moment.heard if word.name in ACT_OF_WORD]
+            if len(wanted) == 1 and scene.act_weight[moment.tick]:
+                assert ACTS[scene.act_target[moment.tick]] == wanted[0]
+                on_time += 1
+    assert on_time > 20
 
 
 def test_mistakes_in_the_past_are_masked(scenes: list[Scene]) -> None:
+    mistakes = 0
     for scene in scenes:
-        wrong = scene.say_now[:, 0] != scene.say_target
-        assert not scene.say_weight[wrong].any()
+        for now, target, weight in (
+            (scene.say_now[:, 0], scene.say_target, scene.say_weight),
+            (scene.act_now[:, 0], scene.act_target, scene.act_weight),
+        ):
+            assert not weight[(now != target) & ~scene.lost].any()
+            mistakes += int(((now != target) & ~scene.lost).sum())
+    assert mistakes > 5
+
+
+def test_who_speaks_keeps_above_noise_and_echo(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    words = 0
+    for seed in range(10):
+        scene = make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS, flawless=True)
+        echo = fftconvolve(scene.voice, scene.world.echo)[: len(scene.voice)]
+        for word in scene.world.script.words:
+            at = CONFIG.context_samples + round(word.onset_s * RATE_HZ)
+            span = slice(at, at + word.sound.end - word.sound.onset)
+            spoken = power(scene.room[span] - scene.world.noise[span])
+            # Only its own: a reverberant neighbour can add to it.
+            assert spoken > 0.8 * ABOVE_NOISE * (power(scene.world.noise[span]) + power(echo[span]))
+            words += 1
+    assert words > 50
+
+
+def test_the_microphone_is_the_room_and_the_echo_of_the_voice(scenes: list[Scene]) -> None:
+    spoke = 0
+    for scene in scenes:
+        echo = fftconvolve(scene.voice, scene.world.echo)[: len(scene.voice)]
+        assert np.allclose(scene.mic, np.clip(scene.room + echo, -1, 1), atol=1e-5)
+        spoken = np.flatnonzero(scene.say_now[:, 0])
+        assert len(spoken) or not scene.voice.any()
+        if len(spoken) and spoken[0] < TICKS - 1 and not scene.lost.any():
+            first_heard = int(np.flatnonzero(scene.voice)[0]) - CONFIG.context_samples
+            assert 0.020 * RATE_HZ <= first_heard - CONFIG.tick_samples * (spoken[0] + 1) <= 0.120 * RATE_HZ
+            spoke += 1
+    assert spoke > 10
+
+
+def test_what_is_broken_off_stops_sounding(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    cuts = 0
+    for seed in range(20):
+        scene = make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS, flawless=True, stage=only("recite"))
+        for tick in np.flatnonzero(scene.cut):
+            start = CONFIG.context_samples + CONFIG.tick_samples * (tick + 1) + scene.world.playout_offset
+            assert not scene.voice[start : start + CONFIG.tick_samples].any()
+            cuts += 1
+    assert cuts > 2
+
+
+def test_numbers_of_ticks_only_jump_between_things(scenes: list[Scene]) -> None:
+    jumps = 0
+    for scene in scenes:
+        gaps = np.diff(scene.tick)
+        assert (gaps >= 1).all() and (gaps > 1).sum() <= 1
+        at, skipped = scene.world.jump
+        if skipped:
+            assert gaps[at - 1] == skipped + 1 and scene.world.moments[at].talk_s == 0
+            assert scene.tick[-1] - scene.tick[0] <= max(CONFIG.trunk.present_window, TICKS + 10)
+            jumps += 1
+    assert jumps > 3
+
+
+def test_a_replay_with_its_own_choices_is_the_same_scene(scenes: list[Scene]) -> None:
+    for scene in scenes[:10]:
+        again = replay(scene, CONFIG, scene.say_now[:, 0], scene.act_now[:, 0], np.random.default_rng(0))
+        for name in ("say_now", "act_now", "said", "acted", "say_target", "act_target", "frames", "text_in", "cut"):
+            assert np.array_equal(getattr(again, name), getattr(scene, name)), name
+        assert again.say_weight.sum() >= scene.say_weight.sum()
+
+
+def test_a_replay_of_silence_is_asked_again_and_has_nothing_in_its_voice(scenes: list[Scene]) -> None:
+    nothing = np.zeros(TICKS, int)
+    again = [replay(scene, CONFIG, nothing, nothing, np.random.default_rng(0)) for scene in scenes]
+    assert not any(scene.voice.any() or scene.said.any() for scene in again)
+    assert sum(int((a.say_target > 0).sum()) for a in again) > sum(int((b.say_target > 0).sum()) for b in scenes)
+
+
+def test_without_flaws_nothing_is_lost_or_mistaken(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    for seed in range(10):
+        scene = make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS, flawless=True, stage=mixture)
+        assert not scene.lost.any() and (np.diff(scene.tick) == 1).all()
+        assert np.array_equal(scene.say_now[:, 0], scene.say_target) and np.array_equal(scene.act_now[:, 0], scene.act_target)
+
+
+def test_the_same_hand_opens_and_closes(corpus: Corpus) -> None:
+    rng = np.random.default_rng(0)
+    open_hand = Thing(corpus, rng, 5, (CONFIG.video.height, CONFIG.video.width))
+    closed = Thing(corpus, rng, 0, (CONFIG.video.height, CONFIG.video.width), like=open_hand)
+    assert closed.person == open_hand.person
 
 
 def test_stale_pictures_are_black(scenes: list[Scene]) -> None:
@@ -187,10 +272,11 @@ def test_nobody_is_on_two_sides_of_the_split(data_root: Path) -> None:
     seen: dict[str, str] = {}
     for side in ("dev", "test", "train"):
         corpus = load_corpus(data_root, side)
-        clips = [clip for word in COMMANDS for clip in corpus.words[word]] + corpus.others
+        clips = [clip for word in COMMANDS for clip in corpus.real.words[word]] + corpus.real.others
         people = {clip.speaker for clip in clips} | {person for digit in corpus.hands for _, person in corpus.hands[digit]}
         assert all(seen.setdefault(person, side) == side for person in people)
         assert all(0 <= clip.onset < clip.end <= len(clip.samples) for clip in clips)
         assert (
-            min(len(corpus.words[word]) for word in ACT_OF_WORD) > 15 and min(len(corpus.hands[digit]) for digit in range(len(DIGITS))) > 15
+            min(len(corpus.real.words[word]) for word in ACT_OF_WORD) > 15
+            and min(len(corpus.hands[digit]) for digit in range(len(DIGITS))) > 15
         )

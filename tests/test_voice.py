@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the voice is trained with PyTorch (
 from export import voice_tables as tables  # noqa: E402
 from export.distill import voice  # noqa: E402
 from export.distill.voice import HOP_SAMPLES, SILENCE, State, Vocoder, speech_mel  # noqa: E402
+from export.spoken_words import render_words  # noqa: E402
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 TICK_SAMPLES = voice.TICK_FRAMES * HOP_SAMPLES
@@ -59,7 +60,7 @@ def test_mel_is_librosas() -> None:
 
 @needs_espeak
 def test_words_are_trimmed_and_level() -> None:
-    words = voice.render_words(("", "three", "nine", "ok"))
+    words = render_words(("", "three", "nine", "ok"))
     assert set(words) == {"three", "nine", "ok"}
     for word, samples in words.items():
         assert 0.3 < len(samples) / tables.RATE_HZ <= 0.8, word

@@ -54,19 +54,21 @@ def make_scene(config: ModelConfig, ticks: int, seed: int = 0) -> Scene:
         "clock": clock_features(config, np.arange(ticks)),
         "rope": rope_table(config, np.arange(ticks)),
         "noise": np.stack([tick_noise(config, 1, tick) for tick in range(ticks)]),
+        "tick": np.arange(ticks),
+        "valid": np.ones(ticks, bool),
     }
 
 
 def tick_inputs(config: ModelConfig, scene: Scene, tick: int) -> Scene:
     """The inputs of one tick."""
     span = slice(tick * config.tick_samples, (tick + 1) * config.tick_samples + config.context_samples)
-    return {name: values[span] if name in ("mic", "voice") else values[tick] for name, values in scene.items()}
+    names = scene.keys() - {"tick", "valid"}  # a streaming step keeps count itself
+    return {name: scene[name][span] if name in ("mic", "voice") else scene[name][tick] for name in names}
 
 
 def run_forward(model: TickModel, scene: Scene) -> Scene:
     """Outputs and updates of every tick by the training forward, [ticks, …]."""
     batch = {name: torch.from_numpy(values)[None] for name, values in scene.items()}
-    batch["valid"] = torch.ones(batch["said"].shape[:2], dtype=torch.bool)
     with torch.no_grad():
         out = {name: value[0].numpy() for name, value in model(batch).items()}
     out["speech"] = out["speech"].reshape(len(scene["said"]), -1)

@@ -8,15 +8,17 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from device.config import ModelConfig
 from device.positions import clock_features, rope_table, tick_noise
 from device.tensors import layer_tokens, tensor_table
 from export.checkpoint import write_checkpoint
+from export.distill.losses import Auxiliary
 from export.distill.model import TickModel
 from export.distill.recipe import Recipe
-from export.distill.train import train
+from export.distill.teacher import HEADS_NAME
+from export.distill.train import Processes, Source, train
 from export.distill.voice import train_vocoder
 from export.espeak import speak
 from export.hands import draw_hand
@@ -24,18 +26,26 @@ from export.hands import draw_hand
 REFERENCE_TICKS = 12  # more than the perceiving window, so that its rings wrap
 
 
-def train_checkpoint(recipe_path: Path, data: Path, work: Path, out: Path) -> None:
-    """Everything from the recipe to the checkpoint folder `out`; parts that are done already in `work` are not done again."""
+def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, teacher: Path | None = None) -> None:
+    """Everything from the recipe to the checkpoint folder `out`; parts that are done already in `work` are not done again.
+
+    With `teacher`, a checkpoint folder, the student is distilled from it.
+    """
     recipe = Recipe.read(recipe_path)
+    model, heads = train(recipe, source, work, teacher)
+    if not Processes.join().first:
+        return
     vocoder = work / "vocoder.safetensors"
-    work.mkdir(parents=True, exist_ok=True)
     if not vocoder.exists():
         train_vocoder(vocoder, recipe.model.text.words, recipe.vocoder_minutes, recipe.seed, recipe.model.voice.vocoder_width)
-    finish(train(recipe, data, work), recipe, vocoder, out)
+    finish(model, heads, recipe, vocoder, out)
 
 
-def finish(model: TickModel, recipe: Recipe, vocoder: Path, out: Path) -> None:
-    """Write the checkpoint: trunk and heads of `model`, the vocoder's weights, the recipe's margins, reference ticks."""
+def finish(model: TickModel, heads: Auxiliary, recipe: Recipe, vocoder: Path, out: Path) -> None:
+    """Write the checkpoint: trunk and heads of `model`, the vocoder's weights, the recipe's margins, reference ticks.
+
+    The auxiliary heads, which only a student of this checkpoint needs, go into a file of their own.
+    """
     model.eval()
     model.vocoder.load_state_dict(load_file(vocoder))
     with torch.no_grad():
@@ -44,6 +54,7 @@ def finish(model: TickModel, recipe: Recipe, vocoder: Path, out: Path) -> None:
         model.act.bias[0] += recipe.act_margin
     weights = {name: value.detach().numpy().astype(np.float32) for name, value in model.state_dict().items()}
     write_checkpoint(out, recipe.model, weights, reference_ticks(model))
+    save_file({name: value.detach().contiguous() for name, value in heads.state_dict().items()}, out / HEADS_NAME)
 
 
 def reference_ticks(model: TickModel, ticks: int = REFERENCE_TICKS, start: int = 0) -> dict[str, NDArray[np.generic]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 from device.config import ModelConfig
 from device.positions import rope_table
 from export.distill.model import RMSNorm, TickModel, attend_windowed, blocks
-from export.distill.scenes import IGNORE
+from export.distill.pictures import IGNORE
 from export.distill.voice import word_mels
 from export.voice_tables import SILENCE
 
 EVENT_WEIGHT = 2.0  # of a tick in which something is said or done; 3 fires falsely (measured on the prototype)
 SILENT_WEIGHT = 0.1  # of a silent token in the flow loss
+SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
 
 
@@ -40,97 +43,112 @@ class Auxiliary(nn.Module):
 
 def perceive_kind(model: TickModel, tokens: Tensor, rope: Tensor) -> Tensor:
     """One kind of perception token alone, [B, T, n, width], through all perceiving layers but the last: what it is in a whole scene too."""
-    valid = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    tick = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
     for block in blocks(model.perceive)[:-1]:
         q, k, v = block.keys_values(tokens, rope)
-        tokens = block.finish(tokens, attend_windowed(q, k, v, valid, model.config.trunk.perceive_window))
+        tokens = block.finish(tokens, attend_windowed(q, k, v, tick, valid, model.config.trunk.perceive_window))
     return tokens
+
+
+def perceived(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of the last word and of the hand in a batch of the first stage, [n, labels] each."""
+    c, mic = model.config, batch["mic"]
+    n, ticks = mic.shape[0], (mic.shape[1] - c.context_samples) // c.tick_samples
+    rope = torch.from_numpy(rope_table(c, np.arange(ticks))).to(mic.device)
+    audio = model.audio(mic, torch.zeros_like(mic), ticks)
+    audio = perceive_kind(model, audio, rope[:, : c.audio_tokens].expand(n, -1, -1, -1, -1))
+    video = model.video(batch["frames"][:, None], torch.zeros(n, 1, 1, device=mic.device))
+    video = perceive_kind(model, video, rope[:1, c.audio_tokens : c.audio_tokens + c.video_tokens].expand(n, -1, -1, -1, -1))
+    return heads.words(audio[torch.arange(n, device=mic.device), batch["end_tick"]]), heads.hands(video[:, 0])
 
 
 def perception_loss(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Losses and accuracies of the first stage."""
-    c = model.config
-    n, ticks = batch["mic"].shape[0], (batch["mic"].shape[1] - c.context_samples) // c.tick_samples
-    rope = torch.from_numpy(rope_table(c, np.arange(ticks)))
-    audio = model.audio(batch["mic"], torch.zeros_like(batch["mic"]), ticks)
-    audio = perceive_kind(model, audio, rope[:, : c.audio_tokens].expand(n, -1, -1, -1, -1))
-    words = heads.words(audio[torch.arange(n), batch["end_tick"]])
-    video = model.video(batch["frames"][:, None], torch.zeros(n, 1, 1))
-    hands = heads.hands(
-        perceive_kind(model, video, rope[:1, c.audio_tokens : c.audio_tokens + c.video_tokens].expand(n, -1, -1, -1, -1))[:, 0]
-    )
-    pairs = ((words.float(), batch["word"]), (hands.float(), batch["hand"]))
-    return {
-        "loss": torch.stack([F.cross_entropy(x, label, ignore_index=IGNORE, label_smoothing=0.05) for x, label in pairs]).sum(),
-        "word": _accuracy(*pairs[0]),
-        "hand": _accuracy(*pairs[1]),
-    }
+    words, hands = (logits.float() for logits in perceived(model, heads, batch))
+    losses = [
+        F.cross_entropy(logits, label, ignore_index=IGNORE, label_smoothing=0.05)
+        for logits, label in ((words, batch["word"]), (hands, batch["hand"]))
+    ]
+    if "soft_word" in batch:
+        soft = [F.cross_entropy(words, batch["soft_word"]), F.cross_entropy(hands, batch["soft_hand"])]
+        losses = [torch.lerp(own, teacher, SOFT) for own, teacher in zip(losses, soft, strict=True)]
+    return {"loss": losses[0] + losses[1], "word": _accuracy(words, batch["word"]), "hand": _accuracy(hands, batch["hand"])}
 
 
-class SpeechTarget:
+class SpeechTarget(nn.Module):
     """Which mel frames belong to which tick, given the words that were begun."""
 
+    table: Tensor
+    lengths: Tensor
+
     def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
         mels = word_mels(c.text.words[1:], c.mel_frames)
         frames, channels = c.mel_frames, c.voice.mel_channels
         self.longest = max(len(m) for m in mels.values()) // frames
         table = np.full((len(c.text.words), self.longest * frames, channels), SILENCE, dtype=np.float32)
-        self.lengths = torch.zeros(len(c.text.words), dtype=torch.long)
+        lengths = torch.zeros(len(c.text.words), dtype=torch.long)
         for i, word in enumerate(c.text.words):
             if i:
                 table[i, : len(mels[word])] = mels[word]
-                self.lengths[i] = len(mels[word]) // frames
-        self.table = torch.from_numpy(table).reshape(
-            len(c.text.words), self.longest, c.trunk.summary_tokens, frames // c.trunk.summary_tokens * channels
-        )
+                lengths[i] = len(mels[word]) // frames
+        shape = len(c.text.words), self.longest, c.trunk.summary_tokens, frames // c.trunk.summary_tokens * channels
+        self.register_buffer("table", torch.from_numpy(table).reshape(shape), persistent=False)
+        self.register_buffer("lengths", lengths, persistent=False)
 
-    def __call__(self, say: Tensor) -> tuple[Tensor, Tensor]:
-        """say i64[B, T] to mel f32[B, T, summary_tokens, flow_dim] and bool[B, T], true where a word sounds."""
-        word, phase = torch.zeros_like(say), torch.zeros_like(say)
-        for t in range(say.shape[1]):
-            if t:
-                word[:, t], phase[:, t] = word[:, t - 1], phase[:, t - 1] + 1
-            begins = say[:, t] > 0
-            word[:, t] = torch.where(begins, say[:, t], word[:, t])
-            phase[:, t] = torch.where(begins, 0, phase[:, t])
+    def forward(self, say: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+        """say i64[B, T], cut bool[B, T] to mel f32[B, T, summary_tokens, flow_dim] and bool[B, T], true where a word sounds.
+
+        With `cut` the word that sounds is broken off before this tick.
+        """
+        tick = torch.arange(say.shape[1], device=say.device).expand_as(say)
+        # Never a loop over ticks: compiled, it made a forward 20 times slower.
+        begun = torch.where((say > 0) | cut, tick, -1).cummax(1).values  # the tick in which the latest word began, or was broken off
+        word, phase = torch.where(begun < 0, 0, say.gather(1, begun.clamp_min(0))), tick - begun
         sounds = phase < self.lengths[word]
         return self.table[torch.where(sounds, word, 0), torch.where(sounds, phase, 0)], sounds
 
 
-def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the second stage: what to say and do, the speech itself, and the auxiliary heads."""
+def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Losses of the second stage: what to say and do, the speech itself, the auxiliary heads, and more of the first stage."""
     c = model.config
-    scene = batch | {"valid": ~batch["lost"]}
     probe: list[Tensor] = []
-    x, _ = model.perceive_scene(model.embed(scene), scene["rope"], scene["valid"], probe)
-    top, _ = model.present_scene(x, scene["rope"], scene["valid"])
+    x, _ = model.perceive_scene(model.embed(batch), batch, probe)
+    top, _ = model.present_scene(x, batch)
     say, act = (logits.float() for logits in model.logits(top))
 
-    heard = scene["valid"].float()
+    heard = batch["valid"].float()
     first, rest = say[..., 0, :], say[..., 1:, :]
     say_loss = _events(first, batch["say_target"].long(), batch["say_weight"] * heard)
     act_loss = _events(act, batch["act_target"].long(), batch["act_weight"] * heard)
+    if "soft_say" in batch:
+        say_loss = torch.lerp(say_loss, _towards(first, batch["soft_say"], heard), SOFT)
+        act_loss = torch.lerp(act_loss, _towards(act, batch["soft_act"], heard), SOFT)
     rest_loss = -rest.log_softmax(-1)[..., 0].mean()
 
-    mel, sounds = target(batch["say_now"][..., 0].long())
-    conditions = model.flow.conditions(top, batch["say_now"].long())
-    weight = torch.where(sounds, 1.0, SILENT_WEIGHT)[..., None] * heard[..., None]
+    mel, sounds = target(batch["say_now"][..., 0].long(), batch["cut"])
+    conditions = model.flow.conditions(top, batch["say_now"].long(), batch["act_now"].long())
+    weight = torch.where(sounds | batch["cut"], 1.0, SILENT_WEIGHT)[..., None] * heard[..., None]
     flow_loss = (model.flow.loss(conditions.float(), mel) * weight).sum() / (weight.sum() * c.trunk.summary_tokens)
 
     a = c.audio_tokens
     words, hands = heads.words(probe[0][:, :, :a]).float(), heads.hands(probe[0][:, :, a : a + c.video_tokens]).float()
-    word_label, hand_label = (torch.where(scene["valid"], batch[k].long(), IGNORE) for k in ("word_label", "hand_label"))
-    weights = torch.ones(WORD_LABELS)
+    word_label, hand_label = (torch.where(batch["valid"], batch[k].long(), IGNORE) for k in ("word_label", "hand_label"))
+    weights = torch.ones(WORD_LABELS, device=words.device)
     weights[0] = 0.2  # most ticks end no word
-    word_loss = F.cross_entropy(words.flatten(0, 1), word_label.flatten(), weight=weights, ignore_index=IGNORE)
-    hand_loss = F.cross_entropy(hands.flatten(0, 1), hand_label.flatten(), ignore_index=IGNORE)
+    word_loss = _labelled(words, word_label, weights)
+    hand_loss = _labelled(hands, hand_label, torch.ones_like(hands[0, 0]))
+    practice = {"loss": word_loss.new_zeros(()), "word": _accuracy(words, word_label), "hand": _accuracy(hands, hand_label)}
+    if "practice" in batch:
+        practice = perception_loss(model, heads, batch["practice"])
     return {
-        "loss": 4 * (say_loss + act_loss + rest_loss) + flow_loss + 0.5 * (word_loss + hand_loss),
+        "loss": 4 * (say_loss + act_loss + rest_loss) + flow_loss + 0.5 * (word_loss + hand_loss + practice["loss"]),
         "say": say_loss,
         "act": act_loss,
         "flow": flow_loss,
-        "word": _accuracy(words, word_label),
-        "hand": _accuracy(hands, hand_label),
+        "word": practice["word"],
+        "hand": practice["hand"],
         "say_hit": _accuracy(first, torch.where(batch["say_weight"] > 0, batch["say_target"].long(), 0)),
         "act_hit": _accuracy(act, torch.where(batch["act_weight"] > 0, batch["act_target"].long(), 0)),
         "false": ((first.argmax(-1) > 0) & (batch["say_target"] == 0) & (batch["say_weight"] > 0)).float().mean()
@@ -141,6 +159,18 @@ def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: 
 def _events(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     weight = weight * torch.where(target > 0, EVENT_WEIGHT, 1.0)
     return (F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none") * weight.flatten()).sum() / weight.sum()
+
+
+def _labelled(logits: Tensor, label: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy where there is a label, classes weighing as in `weights`; 0 where there is none at all."""
+    loss = F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight=weights, ignore_index=IGNORE, reduction="sum")
+    return loss / (weights[label.clamp_min(0)] * (label != IGNORE)).sum().clamp_min(1.0)
+
+
+def _towards(logits: Tensor, probabilities: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy with a teacher's probabilities [B, T, choices], a tick weighing as much as the teacher is sure of an event."""
+    weight = weight * torch.lerp(torch.full_like(weight, EVENT_WEIGHT), torch.ones_like(weight), probabilities[..., 0])
+    return (-(logits.log_softmax(-1) * probabilities).sum(-1) * weight).sum() / weight.sum()
 
 
 def _accuracy(logits: Tensor, label: Tensor) -> Tensor:

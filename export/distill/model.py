@@ -44,7 +44,7 @@ class DMel(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """f32[..., n·hop + window − hop] to levels i64[..., n, channels]."""
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(samples.device.type, enabled=False):
             spectrum = torch.fft.rfft(samples.float().unfold(-1, self.size, self.hop) * self.window)
             magnitude = (spectrum.real.square() + spectrum.imag.square()).clamp_min(1e-10).sqrt()
             return torch.bucketize(magnitude @ self.filters.T, self.thresholds)  # how many thresholds lie below
@@ -70,14 +70,36 @@ class AudioEmbedding(nn.Module):
 
     def forward(self, mic: Tensor, voice: Tensor, ticks: int) -> Tensor:
         """mic, voice f32[B, T·tick + context] to tokens [B, T, audio_tokens, width]."""
-        heard = self.heard_norm(self._sum(self.heard, self.dmel(mic)))
+        levels = self.dmel(mic)
+        heard = self.heard_norm(self._sum(self.heard, levels, spectral_gaps(levels) if self.training else None))
         played = self.played_norm(self._sum(self.played, self.dmel(voice)))
         return (heard + played).unflatten(1, (ticks, -1)) + self.position
 
-    def _sum(self, table: nn.Embedding, levels: Tensor) -> Tensor:
+    def _sum(self, table: nn.Embedding, levels: Tensor, gaps: Tensor | None = None) -> Tensor:
         # A one-hot product is several times faster on a CPU than an embedding bag, forward and backward.
-        one_hot = F.one_hot(levels, self.levels).flatten(-2).to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
-        return F.linear(one_hot, table.weight.T)
+        device = levels.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        one_hot = F.one_hot(levels, self.levels).to(dtype)
+        if gaps is not None:
+            one_hot = one_hot.masked_fill(gaps[..., None], 0.0)
+        return F.linear(one_hot.flatten(-2), table.weight.T)
+
+
+def spectral_gaps(levels: Tensor) -> Tensor:
+    """Where a student hears nothing, so that it does not learn voices by heart: bool[B, frames, channels] for `levels` of that shape.
+
+    Two bands of up to a fifth of the channels each, and every 0.7 s up to 0.1 s of all of them (SpecAugment, arXiv 1904.08779).
+    """
+    b, frames, channels = levels.shape
+
+    def gaps(n: int, length: int, widest: int, count: int) -> Tensor:
+        """bool[B, n], true within `count` gaps of random width, one in each `length`."""
+        first, width = torch.rand(2, b, count, 1, device=levels.device)
+        start = (first + torch.arange(count, device=levels.device)[:, None]) * length
+        place = torch.arange(n, device=levels.device)
+        return ((place >= start) & (place < start + width * widest)).any(1)
+
+    return gaps(channels, channels // 2, channels // 5, 2)[:, None] | gaps(frames, 56, 8, -(-frames // 56))[..., None]
 
 
 class HMLP(nn.Module):
@@ -188,36 +210,37 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attend_windowed(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int) -> Tensor:
-    """Attention of every tick to itself and the `window` ticks before it.
+def attend_windowed(q: Tensor, k: Tensor, v: Tensor, tick: Tensor, valid: Tensor, window: int) -> Tensor:
+    """Attention of every tick to itself and the `window` tick numbers before its own.
 
-    q [B, T, nq, H, d]; k, v [B, T, nk, H, d]; valid bool[B, T] (a lost tick is seen by nobody later). Works in chunks of
-    `window` ticks that see their own and the previous chunk; returns [B, T, nq, H, d].
+    q [B, T, nq, H, d]; k, v [B, T, nk, H, d]; tick i64[B, T], rising; valid bool[B, T] (a lost tick is seen by nobody
+    later). Works in chunks of `window` ticks that see their own and the previous chunk; returns [B, T, nq, H, d].
     """
     b, ticks, nq, heads, dim = q.shape
     nk = k.shape[2]
     chunk = min(window, ticks)
     chunks = -(-ticks // chunk)
+    past = chunk if chunks > 1 else 0
     short = chunks * chunk - ticks
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, short)) for x in (q, k, v))
-    valid = F.pad(valid, (chunk, short))
-    k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, chunk, 0)) for x in (k, v))
+    q = F.pad(q, (0, 0, 0, 0, 0, 0, 0, short))
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, past, short)) for x in (k, v))
+    number, valid = F.pad(tick, (past, short), value=-(2**40)), F.pad(valid, (past, short))
 
-    def pairs(x: Tensor) -> Tensor:  # [B, (chunks+1)·chunk, n, H, d] to [B·chunks·H, 2·chunk·n, d]
-        n = x.shape[2]
-        x = x.unflatten(1, (chunks + 1, chunk))
-        x = torch.cat([x[:, :-1], x[:, 1:]], dim=2)
-        return x.permute(0, 1, 4, 2, 3, 5).reshape(b * chunks * heads, 2 * chunk * n, dim)
+    def with_past(x: Tensor) -> Tensor:  # [B, past + chunks·chunk, …] to [B, chunks, past + chunk, …]
+        x = x.unflatten(1, (-1, chunk))
+        return torch.cat([x[:, :-1], x[:, 1:]], dim=2) if past else x
+
+    def pairs(x: Tensor) -> Tensor:  # [B, past + chunks·chunk, n, H, d] to [B·chunks·H, (past + chunk)·n, d]
+        x = with_past(x)
+        return x.permute(0, 1, 4, 2, 3, 5).reshape(b * chunks * heads, -1, dim)
 
     queries = q.unflatten(1, (chunks, chunk)).permute(0, 1, 4, 2, 3, 5).reshape(b * chunks * heads, chunk * nq, dim)
     keys, values = pairs(k), pairs(v)
-    lag = torch.arange(chunk)[:, None] + chunk - torch.arange(2 * chunk)
-    seen = (lag >= 0) & (lag <= window)
-    seen_valid = torch.cat([valid[:, :-chunk].unflatten(1, (chunks, chunk)), valid[:, chunk:].unflatten(1, (chunks, chunk))], dim=2)
-    mask = seen & (seen_valid[:, :, None, :] | (lag == 0))
+    lag = number[:, past:].unflatten(1, (chunks, chunk))[..., None] - with_past(number)[:, :, None, :]
+    mask = (lag >= 0) & (lag <= window) & (with_past(valid)[:, :, None, :] | (lag == 0))
     bias = torch.where(mask, 0.0, MASKED).to(q.dtype)
-    bias = bias[:, :, None, :, None, :, None].expand(b, chunks, heads, chunk, nq, 2 * chunk, nk)
-    scores = torch.baddbmm(bias.reshape(b * chunks * heads, chunk * nq, 2 * chunk * nk), queries, keys.transpose(1, 2), alpha=dim**-0.5)
+    bias = bias[:, :, None, :, None, :, None].expand(b, chunks, heads, chunk, nq, past + chunk, nk)
+    scores = torch.baddbmm(bias.reshape(b * chunks * heads, chunk * nq, -1), queries, keys.transpose(1, 2), alpha=dim**-0.5)
     out = scores.softmax(-1).to(values.dtype) @ values
     return out.reshape(b, chunks, heads, chunk, nq, dim).permute(0, 1, 3, 4, 2, 5).flatten(1, 2)[:, :ticks]
 
@@ -226,7 +249,7 @@ class FlowHead(nn.Module):
     """Rectified flow (Lipman et al. 2022, arXiv 2210.02747) from noise to one token's mel frames.
 
     The network predicts the data end of the path; the velocity is (prediction − x) / (1 − t), so the last Euler step
-    lands on the prediction itself. It is conditioned on the token's top state and on the words chosen in this tick.
+    lands on the prediction itself. It is conditioned on the token's top state and on the words and the act chosen in this tick.
     """
 
     def __init__(self, c: ModelConfig) -> None:
@@ -235,6 +258,7 @@ class FlowHead(nn.Module):
         self.dim, self.steps = c.flow_dim, s.flow_steps
         self.condition = nn.Linear(c.trunk.width, width)
         self.chosen = nn.ModuleList(nn.Embedding(len(c.text.words), c.trunk.width) for _ in range(c.text.say))
+        self.chosen_act = nn.Embedding(len(c.text.acts), c.trunk.width)  # "yield" silences a word
         self.place = nn.Parameter(0.02 * torch.randn(c.trunk.summary_tokens, c.trunk.width))
         self.step = nn.Embedding(s.flow_steps, width)
         self.enter = nn.Linear(self.dim, width)
@@ -244,10 +268,10 @@ class FlowHead(nn.Module):
         self.final_norm = RMSNorm(width)
         self.leave = nn.Linear(width, self.dim)
 
-    def conditions(self, top: Tensor, say: Tensor) -> Tensor:
-        """top [..., summary_tokens, width], say i64[..., say] to [..., summary_tokens, flow_width]."""
-        words = sum((table(say[..., i]) for i, table in enumerate(self.chosen)), torch.zeros(()))
-        return self.condition(top + self.place + words[..., None, :])
+    def conditions(self, top: Tensor, say: Tensor, act: Tensor) -> Tensor:
+        """top [..., summary_tokens, width], say i64[..., say], act i64[..., 1] to [..., summary_tokens, flow_width]."""
+        chosen = sum((table(say[..., i]) for i, table in enumerate(self.chosen)), self.chosen_act(act[..., 0]))
+        return self.condition(top + self.place + chosen[..., None, :])
 
     def predict(self, x: Tensor, step: Tensor, conditions: Tensor) -> Tensor:
         """The data end of the path through x [..., dim] at Euler step `step` i64[...]."""
@@ -261,12 +285,12 @@ class FlowHead(nn.Module):
         x = noise
         for step in range(self.steps):
             # dt / (1 - t) with t = step / steps
-            x = x + (self.predict(x, torch.tensor(step), conditions) - x) / (self.steps - step)
+            x = x + (self.predict(x, torch.tensor(step, device=x.device), conditions) - x) / (self.steps - step)
         return x
 
     def loss(self, conditions: Tensor, mel: Tensor) -> Tensor:
         """Squared error of the predicted data end [...] at a random Euler step, per token; mel [..., dim]."""
-        step = torch.randint(self.steps, mel.shape[:-1])
+        step = torch.randint(self.steps, mel.shape[:-1], device=mel.device)
         t = (step / self.steps)[..., None]
         x = (1 - t) * torch.randn_like(mel) + t * mel
         return (self.predict(x, step, conditions) - mel).square().mean(-1)
@@ -291,33 +315,33 @@ class TickModel(nn.Module):
 
     # --- whole scenes -------------------------------------------------------------------------------------------
 
-    def perceive_scene(self, tokens: Tensor, rope: Tensor, valid: Tensor, probe: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """All tokens [B, T, N, width] through the perceiving layers to the summary tokens [B, T, S, width].
+    def perceive_scene(self, tokens: Tensor, scene: dict[str, Tensor], probe: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """All tokens [B, T, N, width] through the perceiving layers to the summary tokens [B, T, S, width]; `scene` as in `forward`.
 
         Audio and video tokens attend to their own kind only, summary tokens to everything. `probe` receives the
         tokens before the last layer, for auxiliary losses. Also returns keys and values per layer, [B, T, N, H, d].
         """
-        c, x, kept = self.config, tokens, []
+        c, x, kept, when = self.config, tokens, [], (scene["tick"], scene["valid"])
         spans = (slice(0, c.audio_tokens), slice(c.audio_tokens, c.tokens - c.trunk.summary_tokens))
         summary = slice(c.tokens - c.trunk.summary_tokens, c.tokens)
         for layer, block in enumerate(blocks(self.perceive)):
             last = layer == len(self.perceive) - 1
             if last and probe is not None:
                 probe.append(x)
-            q, k, v = block.keys_values(x, rope)
+            q, k, v = block.keys_values(x, scene["rope"])
             kept += [k, v]
-            parts = [] if last else [attend_windowed(q[:, :, s], k[:, :, s], v[:, :, s], valid, c.trunk.perceive_window) for s in spans]
-            parts.append(attend_windowed(q[:, :, summary], k, v, valid, c.trunk.perceive_window))
+            parts = [] if last else [attend_windowed(q[:, :, s], k[:, :, s], v[:, :, s], *when, c.trunk.perceive_window) for s in spans]
+            parts.append(attend_windowed(q[:, :, summary], k, v, *when, c.trunk.perceive_window))
             x = block.finish(x[:, :, summary] if last else x, torch.cat(parts, dim=2))
         return x, kept
 
-    def present_scene(self, x: Tensor, rope: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def present_scene(self, x: Tensor, scene: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Summary tokens [B, T, S, width] through the present layers to their normalised top states."""
         kept = []
         for block in blocks(self.present):
-            q, k, v = block.keys_values(x, rope[..., -x.shape[2] :, :, :])
+            q, k, v = block.keys_values(x, scene["rope"][..., -x.shape[2] :, :, :])
             kept += [k, v]
-            x = block.finish(x, attend_windowed(q, k, v, valid, self.config.trunk.present_window))
+            x = block.finish(x, attend_windowed(q, k, v, scene["tick"], scene["valid"], self.config.trunk.present_window))
         return self.norm(x), kept
 
     def embed(self, scene: dict[str, Tensor]) -> Tensor:
@@ -335,20 +359,25 @@ class TickModel(nn.Module):
     def forward(self, scene: dict[str, Tensor]) -> dict[str, Tensor]:
         """A whole scene from an empty memory; the outputs of every tick, [B, T, …] (speech f32[B, T·tick]).
 
-        `scene` holds the inputs of the tensor table ([B, T, …]; mic and voice [B, T·tick + context]) and `valid`
-        bool[B, T], false for ticks that were lost.
+        `scene` holds the inputs of the tensor table ([B, T, …]; mic and voice [B, T·tick + context]), `tick` i64[B, T],
+        their numbers, and `valid` bool[B, T], false for ticks that were lost.
         """
-        valid, rope = scene["valid"], scene["rope"]
-        x, lower = self.perceive_scene(self.embed(scene), rope, valid)
-        top, upper = self.present_scene(x, rope, valid)
+        x, lower = self.perceive_scene(self.embed(scene), scene)
+        top, upper = self.present_scene(x, scene)
         out = self.decide(top)
         flow_noise, vocoder_noise = self._split_noise(scene["noise"])
-        mel = self.flow(self.flow.conditions(top, out["say"].long()), flow_noise)
+        mel = self.flow(self.flow.conditions(top, out["say"].long(), out["act"].long()), flow_noise)
         state = self.vocoder.zero_state(mel.shape[0])
         out["speech"], _ = self.vocoder(mel.flatten(1).unflatten(-1, (-1, self.config.voice.mel_channels)), vocoder_noise.flatten(1), state)
         for i, kept in enumerate(lower + upper):
             out[f"new_{('key', 'value')[i % 2]}_{i // 2}"] = kept.transpose(2, 3)
         return out
+
+    def choices(self, scene: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The words and acts chosen in each tick of a scene (as in `forward`): i32[B, T, say] and i32[B, T, 1]."""
+        x, _ = self.perceive_scene(self.embed(scene), scene)
+        out = self.decide(self.present_scene(x, scene)[0])
+        return out["say"], out["act"]
 
     def logits(self, top: Tensor) -> tuple[Tensor, Tensor]:
         """Top states [..., S, width] to logits of `say` [..., say, words] and `act` [..., acts]."""
@@ -403,7 +432,7 @@ class TickModel(nn.Module):
         top = self.norm(x)
         out |= self.decide(top)
         flow_noise, vocoder_noise = self._split_noise(inputs["noise"])
-        mel = self.flow(self.flow.conditions(top, out["say"].long()), flow_noise)
+        mel = self.flow(self.flow.conditions(top, out["say"].long(), out["act"].long()), flow_noise)
         state = State(*(inputs[f"vocoder_{name}"][None] for name in State._fields))
         speech, state = self.vocoder(mel.reshape(1, -1, c.voice.mel_channels), vocoder_noise[None], state)
         out["speech"] = speech[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import cv2
@@ -21,23 +21,20 @@ class Chance:
     """The probabilities that shape the pictures of a scene."""
 
     # the camera
-    no_camera, frozen_camera, empty_picture = 0.06, 0.06, 0.12
     moving_shapes, light_changes, background_changes = 0.25, 0.15, 0.15
     # one thing shown
-    drawn_hand, distractor, slides = 0.12, 0.15, 0.4
+    drawn_hand = 0.12
     mirrored, cutout, soft_edge, fills_frame, out_of_frame = 0.5, 0.15, 0.5, 0.12, 0.12
 
 
-@dataclass
-class _Showing:
-    """A hand (or, with digit None, a thing that is none) in front of the camera; it slides in from appear_s to full_s."""
+class Showing(NamedTuple):
+    """A hand sign (or, with digit None, a thing that is none) held up; it slides in from appear_s to full_s. Times in s."""
 
     digit: int | None
     thing: Thing
     appear_s: float
     full_s: float
     gone_s: float
-    first_tick: int | None = None  # the first tick whose both frames show it fully
 
     def missing(self, at_s: float) -> float | None:
         """How far it still has to slide in, 1..0; None when it is not there."""
@@ -46,37 +43,27 @@ class _Showing:
         return 0.0 if at_s >= self.full_s else (self.full_s - at_s) / (self.full_s - self.appear_s)
 
 
-class Shown(NamedTuple):
-    """A hand sign that was shown: times in s from the scene's start, the first tick that sees it fully (None: no tick does)."""
-
-    digit: int
-    full_s: float
-    gone_s: float
-    first_tick: int | None
+def no_pictures(ticks: int, rng: np.random.Generator, c: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What the loop gives without a camera: black frames u8[T, 2, H, W, 3] and their age, f32[T, 1] in s."""
+    age = c.tick_ms / 1000 * np.arange(1, ticks + 1) + rng.choice((0.0, 1.0, 1e4))
+    return np.zeros((ticks, 2, c.video.height, c.video.width, 3), np.uint8), age.astype(np.float32)[:, None]
 
 
 def camera_pictures(
-    corpus: Corpus, rng: np.random.Generator, ticks: int, c: ModelConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Shown]]:
-    """Frames u8[T, 2, H, W, 3] RGB, newest last; its age, f32[T, 1] in s; labels i32[T] (0 none, digit + 1, IGNORE) and the signs shown."""
+    corpus: Corpus, rng: np.random.Generator, ticks: int, c: ModelConfig, showings: list[Showing], freeze_s: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Showing | None]]:
+    """Frames u8[T, 2, H, W, 3] RGB, newest last; its age, f32[T, 1] in s; labels i32[T] and the sign that each tick sees whole.
+
+    A label is 0 (no hand), digit + 1 or IGNORE (a hand on its way). The camera stands still throughout `freeze_s`.
+    """
     size, tick_s = (c.video.height, c.video.width), c.tick_ms / 1000
-    length_s = ticks * tick_s
     frames = np.zeros((ticks, 2, *size, 3), np.uint8)
-    label = np.zeros(ticks, np.int32)
+    label, whole = np.zeros(ticks, np.int32), [None] * ticks  # type: np.ndarray, list[Showing | None]
     edges_s = tick_s * np.arange(1, ticks + 1)
-    kind = rng.random()
-    if kind < Chance.no_camera:
-        age = edges_s + rng.choice((0.0, 1.0, 1e4))
-        return frames, age.astype(np.float32)[:, None], label, []
-    freeze_s = rng.uniform(2, length_s) if kind < Chance.no_camera + Chance.frozen_camera else np.inf
-    thaw_s = freeze_s + rng.uniform(0.4, 6)
-    has_hands = not Chance.no_camera + Chance.frozen_camera <= kind < Chance.no_camera + Chance.frozen_camera + Chance.empty_picture
-    camera = Camera(corpus, rng, size)
-    showings = _schedule(corpus, rng, length_s, size, has_hands, freeze_s, thaw_s)
+    camera = Camera(corpus, rng, size, ticks * tick_s)
     delay_s = rng.uniform(0, tick_s / 2)  # from the newest exposure to the edge
     exposed_s = (edges_s - delay_s)[:, None] + tick_s / 2 * np.array((-1.0, 0.0))
-    frozen = (exposed_s > freeze_s) & (exposed_s < thaw_s)
-    exposed_s[frozen] = freeze_s - 1e-3
+    exposed_s[(exposed_s > freeze_s[0]) & (exposed_s < freeze_s[1])] = freeze_s[0] - 1e-3
     age = (edges_s - exposed_s[:, 1]).astype(np.float32)[:, None]
     for tick in np.flatnonzero(age[:, 0] <= 1.0):  # the runtime blacks out older pictures
         for f in range(2):
@@ -87,56 +74,38 @@ def camera_pictures(
                 continue
             there = [s.missing(float(at_s)) for at_s in exposed_s[tick]]
             if there == [0.0, 0.0]:
-                label[tick] = 1 + s.digit
-                s.first_tick = int(tick) if s.first_tick is None else s.first_tick
+                label[tick], whole[tick] = 1 + s.digit, s
             elif there != [None, None]:
                 label[tick] = IGNORE
-    return frames, age, label, [Shown(s.digit, s.full_s, s.gone_s, s.first_tick) for s in showings if s.digit is not None]
-
-
-def _schedule(
-    corpus: Corpus, rng: np.random.Generator, length_s: float, size: tuple[int, int], has_hands: bool, freeze_s: float, thaw_s: float
-) -> list[_Showing]:
-    """One thing after the other; none is there when a frozen camera comes back, as nobody could say whether it is a new one."""
-    showings = []
-    at_s = rng.uniform(-0.5, 2.0)
-    digit: int | None = None
-    while at_s < length_s - 1.0:
-        appear_s = max(at_s, 0.0) if at_s >= 0 else -1.0  # sometimes it is there from the start
-        full_s = appear_s + (rng.uniform(0.1, 0.2) if rng.random() < Chance.slides else 0.0)
-        gone_s = full_s + rng.uniform(1.0, 4.0) + max(-appear_s, 0)
-        at_s = gone_s + rng.uniform(0.6, 3.0)
-        if gone_s > freeze_s:
-            if full_s < freeze_s - 0.7:
-                gone_s = freeze_s
-            at_s = max(at_s, thaw_s + rng.uniform(0.3, 1.0))
-            if full_s >= freeze_s - 0.7 and appear_s < thaw_s + 0.3:
-                continue
-        if not has_hands or rng.random() < Chance.distractor:
-            digit = None
-        elif digit is None or rng.random() > 0.15:  # sometimes the same sign again
-            digit = int(rng.integers(10))
-        showings.append(_Showing(digit, Thing(corpus, rng, digit, size), appear_s, full_s, gone_s))
-    return showings
+    return frames, age, label, whole
 
 
 _GRAIN_SHIFT = 40  # pixels: every frame sees another window of one field of noise, which is cheaper than new noise
 
 
+@cache
+def _grain(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal noise as f32[height, width, 3], what is above zero and what is below."""
+    noise = np.random.default_rng(0).standard_normal((height, width, 3), dtype=np.float32)
+    return np.maximum(noise, 0), np.minimum(noise, 0)
+
+
 class Camera:
     """A place seen in frames of `size` (height, width): background, light, sensor noise, and what moves in it."""
 
-    def __init__(self, corpus: Corpus, rng: np.random.Generator, size: tuple[int, int]) -> None:
+    def __init__(self, corpus: Corpus, rng: np.random.Generator, size: tuple[int, int], length_s: float = 4.0) -> None:
         self._rng, self._size = rng, size
         self._backgrounds = [_background(corpus, rng, size)]
         self._cuts_s: list[float] = []
         if rng.random() < Chance.background_changes:
             self._backgrounds += [_background(corpus, rng, size) for _ in range(2)]
-            self._cuts_s = sorted(rng.uniform(0, 16, 2))
+            self._cuts_s = sorted(rng.uniform(0, length_s, 2))
         self._light = (rng.uniform(0.1, 0.35), rng.uniform(0.05, 0.8)) if rng.random() < Chance.light_changes else None  # depth, Hz
         self._shapes = [_Shape(rng, size) for _ in range(rng.integers(1, 4))] if rng.random() < Chance.moving_shapes else []
-        grain = rng.standard_normal((size[0] + _GRAIN_SHIFT, size[1] + _GRAIN_SHIFT, 3), dtype=np.float32) * np.float32(rng.uniform(0.5, 7))
-        self._plus, self._minus = cv2.convertScaleAbs(np.maximum(grain, 0)), cv2.convertScaleAbs(np.minimum(grain, 0))
+        height, width = (side + _GRAIN_SHIFT for side in size)
+        grains, sigma = _grain(height + 2 * _GRAIN_SHIFT, width + 2 * _GRAIN_SHIFT), rng.uniform(0.5, 7)
+        y, x = rng.integers(0, 2 * _GRAIN_SHIFT, 2)
+        self._plus, self._minus = (cv2.convertScaleAbs(grain[y : y + height, x : x + width], alpha=sigma) for grain in grains)
 
     def take(self, frame: np.ndarray, at_s: float, things: list[tuple[Thing, float]]) -> None:
         """Expose one frame (u8[H, W, 3] RGB, written in place); each thing in view comes with how far it still has to slide in, 1..0."""
@@ -179,14 +148,20 @@ class Thing:
     `size` (height, width) is that of the frames that it is pasted into, one by one.
     """
 
-    def __init__(self, corpus: Corpus, rng: np.random.Generator, digit: int | None, size: tuple[int, int]) -> None:
-        if digit is None:
-            picture = _no_hand(corpus, rng)
-        elif rng.random() < Chance.drawn_hand:
-            picture = draw_hand(digit, rng)
+    def __init__(
+        self, corpus: Corpus, rng: np.random.Generator, digit: int | None, size: tuple[int, int], like: Thing | None = None
+    ) -> None:
+        self._look: int = int(rng.integers(2**32)) if like is None else like._look
+        self.person = "drawn"
+        rng = np.random.default_rng(self._look)  # two things of one look have one pose, one light and one person
+        if rng.random() < Chance.drawn_hand and digit is not None:
+            picture = draw_hand(digit, np.random.default_rng(self._look))
+        elif digit is None:
+            picture = _no_hand(corpus, np.random.default_rng(self._look))
         else:
             photos = corpus.hands[digit]
-            picture = photos[rng.integers(len(photos))][0]
+            mine = [photo for photo in photos if like is not None and photo[1] == like.person] or photos
+            picture, self.person = mine[int(rng.random() * len(mine))]
         picture = _relight(picture, rng)
         fills = rng.random() < Chance.fills_frame
         # Room for the drift: the thing is cut out of a canvas larger than the frame.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.config import ConfigError, ModelConfig
-from export.distill.scenes import ACTS, WORDS
+from export.distill.behaviours import ACTS, WORDS
 from export.errors import ExportError
 
 
@@ -37,6 +37,8 @@ class Recipe:
     perception: Stage
     scenes: Stage
     vocoder_minutes: float  # on one thread
+    practice: int  # words, and as many hands, that are practised along with every step of scenes
+    replays: float  # share of the scenes that are played again with the model's own choices in their past
     say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
     act_margin: float = 0.0
 

@@ -1,18 +1,22 @@
-"""Makes training scenes: some seconds of a room in which people say words and hold up hand signs, and what to do about it."""
+"""Makes scenes: some seconds of a room in which people talk, hold up hand signs and send text, and what to do about it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.signal import fftconvolve
 
 from device.config import ModelConfig
-from export.distill.corpus import RATE_HZ, Corpus
-from export.distill.pictures import IGNORE, Camera, Thing, camera_pictures
+from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Behaviour, Conduct, Excuse, Free, Trial
+from export.distill.clips import RATE_HZ
+from export.distill.corpus import Corpus
+from export.distill.pictures import IGNORE, Camera, Thing, camera_pictures, no_pictures
+from export.distill.script import REACTION_S, Moment, Script
 from export.distill.sounds import (
-    ACT_OF_WORD,
+    Placed,
     augment_word,
     background_noise,
     echo_response,
@@ -20,140 +24,160 @@ from export.distill.sounds import (
     pick_word,
     power,
     random_room,
+    room_noise,
     room_sound,
 )
 
-# What other modules take from here, wherever it is defined.
-__all__ = [
-    "ACTS",
-    "ACT_OF_WORD",
-    "DIGITS",
-    "IGNORE",
-    "REACTION_S",
-    "WORDS",
-    "Chance",
-    "Event",
-    "Scene",
-    "hand_frames",
-    "make_scene",
-    "word_windows",
-]
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDS = ("", *DIGITS, "ok", "now", "count", "show", "quiet", "talk", "tell", "last", "ask", "sorry")
-ACTS = ("none", "look_up", "look_down", "look_left", "look_right", "light_on", "light_off", "nod", "shake", "yield", "ask")
-
-REACTION_S = 0.10  # an act belongs to the first tick whose edge is this long after the word's end
-
 
 class Chance:
-    """The probabilities that shape what happens; `sounds` and `pictures` have tables of their own."""
+    """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
-    lost_ticks, text, session_start = 0.03, 0.10, 0.3
+    lost_ticks, stray_text, session_start, jump = 0.04, 0.10, 0.3, 0.3
     # the companion's own mistakes in the scene's past
-    late, wrong_digit, spurious = 0.12, 0.06, 0.10
+    late, wrong_digit, spurious = 0.12, 0.06, 0.12
 
 
-Choice = Literal["say", "act"]
+Stage = Callable[[Script], list[float]]
 
 
-class Event(NamedTuple):
-    """What should happen: an act after a word, or a word said ("show") while a hand is up. `clear` is False where nobody could tell."""
+class World(NamedTuple):
+    """What a scene is made of before the companion does anything."""
 
-    kind: Literal["act", "show"]
-    onset_s: float
-    end_s: float
-    expected: str
-    clear: bool = True
+    script: Script
+    moments: list[Moment]
+    noise: np.ndarray  # f32[C + T*S]
+    echo: np.ndarray  # f32[n], impulse response from speaker to microphone
+    lost: np.ndarray  # bool[T]
+    jump: tuple[int, int]  # (tick, how many tick numbers are left out before it)
+    playout_offset: int  # samples from an edge to the speech of its tick
+    word_ticks: Mapping[str, int]
+    voice_words: Mapping[str, np.ndarray]
 
 
 @dataclass
 class Scene:
     """T ticks; S samples a tick, C samples of context before the first: audio[C + i] is captured sample i."""
 
-    mic: np.ndarray  # f32[C + T*S], with the echo of `voice`
+    room: np.ndarray  # f32[C + T*S], all that sounds but the companion
+    mic: np.ndarray  # f32[C + T*S], `room` with the echo of `voice`
     voice: np.ndarray  # f32[C + T*S], what the speaker played
     frames: np.ndarray  # u8[T, 2, H, W, 3], newest last
     frame_age: np.ndarray  # f32[T, 1], s
     lost: np.ndarray  # bool[T]
     text_in: np.ndarray  # i32[T, text_in]
     say_now: np.ndarray  # i32[T, say], what was chosen in the scene's past, mistakes included
-    said: np.ndarray  # i32[T, say], say_now of the tick before
+    act_now: np.ndarray  # i32[T, 1]
+    said: np.ndarray  # i32[T, say], say_now of the last tick before that was not lost
     acted: np.ndarray  # i32[T, 1]
     say_target: np.ndarray  # i32[T]
     act_target: np.ndarray  # i32[T]
     say_weight: np.ndarray  # f32[T], 0 where the loss is masked
     act_weight: np.ndarray  # f32[T]
+    cut: np.ndarray  # bool[T], speech that sounds is broken off with this tick
     word_label: np.ndarray  # i32[T], 0 none, 1..10 COMMANDS, 11 another word, -1 ignore; on the tick whose edge the act would belong to
     hand_label: np.ndarray  # i32[T], 0 none, digit + 1, -1 ignore
-    start_tick: int  # session tick of the scene's first
-    echo: np.ndarray  # f32[n], impulse response from speaker to microphone
-    events: list[Event] = field(default_factory=list)
+    tick: np.ndarray  # i64[T], session ticks
+    world: World
+    trials: list[Trial]  # what a perfect companion was asked for, in order
+    excuses: list[Excuse]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it that a model is trained on."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray) and name != "room"}
+
+
+def mixture(script: Script) -> list[float]:
+    """Fill the script with behaviours one after the other, by their shares; returns the times between them, in s."""
+    return _one_after_the_other(script, BEHAVIOURS, [behaviour.share for behaviour in BEHAVIOURS])
+
+
+def only(name: str) -> Stage:
+    """A stage for one behaviour of the table over and over, with free time between."""
+    chosen = [behaviour for behaviour in BEHAVIOURS if behaviour.name in (name, Free.name)]
+    return lambda script: _one_after_the_other(script, chosen, [3.0 if behaviour.name == name else 1.0 for behaviour in chosen])
+
+
+def _one_after_the_other(script: Script, behaviours: Sequence[Behaviour], weights: Sequence[float]) -> list[float]:
+    shares = np.array(weights) / sum(weights)
+    at_s, breaks = float(script.rng.uniform(0.2, 1.5)), []
+    while at_s < script.length_s - 1.5:
+        behaviour = behaviours[script.rng.choice(len(behaviours), p=shares)]
+        # Not at once where the last thing could still be seen or heard.
+        at_s = max(behaviour.stage(script, at_s), at_s) + script.rng.uniform(0.3, 1.0)
+        breaks.append(at_s)
+    return breaks
 
 
 def make_scene(
-    corpus: Corpus, voice_words: dict[str, np.ndarray], rng: np.random.Generator, c: ModelConfig, ticks: int = 80, closed_loop: bool = False
+    corpus: Corpus,
+    voice_words: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+    c: ModelConfig,
+    ticks: int = 96,
+    flawless: bool = False,
+    stage: Stage = mixture,
 ) -> Scene:
     """One scene, the same for the same state of `rng`.
 
-    `voice_words`: the companion's own recordings, f32[n] at 16 kHz from sample 0; every digit must be among them.
-    `closed_loop`: leave the companion's part (voice, echo, history) empty, for an evaluation that plays it itself and adds `echo`.
+    `voice_words`: the companion's own recordings, f32[n] at 16 kHz from sample 0, of all words of the vocabulary.
+    `flawless`: no lost ticks, no missing tick numbers, no mistakes of the companion: for an evaluation that plays its part itself.
+    `stage` fills the script.
     """
-    tick_s = c.tick_ms / 1000
-    start_tick = 0 if rng.random() < Chance.session_start else int(10 ** rng.uniform(0, 7))
-    text_in = _instructions(rng, ticks, c)
-    lost = _lost_ticks(rng, ticks)
-    mic, spoken = room_sound(corpus, rng, ticks, c)
-    frames, age, hand_label, shown = camera_pictures(corpus, rng, ticks, c)
-    echo = echo_response(rng)
-    hand_label[lost] = IGNORE
-
-    # What it said first, because its echo can hide a word.
-    past = _Past(rng, voice_words, lost, c)
-    if not closed_loop:
-        for show in shown:
-            if show.first_tick is not None:
-                past.respond("say", show.first_tick, _tick_at(show.gone_s, tick_s), 1 + show.digit)
-        past.blunder()
-    voice = past.speech()
-    echoed = fftconvolve(voice, echo)[: len(voice)].astype(np.float32) if voice.any() else np.zeros_like(voice)
-
-    word_label = np.where(lost, np.int32(IGNORE), np.int32(0))
-    events = [Event("show", max(show.full_s, 0.0), show.gone_s, DIGITS[show.digit], show.first_tick is not None) for show in shown]
-    for word in spoken:
-        tick = _tick_at(word.end_s + REACTION_S, tick_s)
-        first, last = int(word.onset_s / tick_s), _tick_at(word.end_s, tick_s)
-        span = slice(c.context_samples + round(word.onset_s * RATE_HZ), c.context_samples + round(word.end_s * RATE_HZ))
-        clear = word.power > word.noise_power + power(echoed[span]) and not lost[first : last + 1].any()
-        if tick < ticks and not lost[tick]:
-            word_label[tick] = word.label if clear else IGNORE
-        act = ACT_OF_WORD.get(word.name)
-        if act is not None:
-            events.append(Event("act", word.onset_s, word.end_s, act, clear))
-            if not clear:
-                past.mask("act", tick)
-            elif not closed_loop:
-                past.respond("act", tick, ticks, ACTS.index(act))
+    script = Script(corpus, rng, c, ticks)
+    breaks = stage(script)
+    if not flawless and rng.random() < Chance.stray_text:
+        _stray_text(script)
+    if script.has_camera:
+        frames, age, hand_label, whole = camera_pictures(corpus, rng, ticks, c, script.showings, script.freeze)
+    else:
+        frames, age = no_pictures(ticks, rng, c)
+        hand_label, whole = np.zeros(ticks, np.int32), [None] * ticks
+    moments = script.moments(whole)
+    world = World(
+        script=script,
+        moments=moments,
+        noise=room_noise(corpus, rng, c.context_samples + ticks * c.tick_samples),
+        echo=echo_response(rng),
+        lost=np.zeros(ticks, bool) if flawless else _lost_ticks(rng, moments, script),
+        jump=(0, 0) if flawless else _jump(rng, breaks, moments, c),
+        playout_offset=round(RATE_HZ * rng.triangular(0.020, 0.060, 0.120)),
+        word_ticks={word: max(round(len(voice_words[word]) / c.tick_samples), 1) for word in voice_words},
+        voice_words=voice_words,
+    )
+    word_label = np.zeros(ticks, np.int32)
+    for moment in moments:
+        if moment.heard:
+            word_label[moment.tick] = moment.heard[-1].label
+    for label in (word_label, hand_label):
+        label[world.lost] = IGNORE
+    past = _Past(world, c, None if flawless else rng)
+    room, voice, echo = _sound(world, past, c, rng)
+    start = 0 if rng.random() < Chance.session_start else int(10 ** rng.uniform(0, 7))
+    at, skipped = world.jump
     return Scene(
-        mic=np.clip(mic + echoed, -1, 1),
+        room=room,
+        mic=np.clip(room + echo, -1, 1),
         voice=voice,
         frames=frames,
         frame_age=age,
-        lost=lost,
-        text_in=text_in,
-        say_now=past.say_now,
-        said=_delayed(past.say_now),
-        acted=_delayed(past.act_now[:, None]),
-        say_target=past.target["say"],
-        act_target=past.target["act"],
-        say_weight=past.weight["say"],
-        act_weight=past.weight["act"],
+        text_in=script.text_in(),
         word_label=word_label,
         hand_label=hand_label,
-        start_tick=start_tick,
-        echo=echo,
-        events=sorted(events, key=lambda event: event.end_s),
+        tick=start + np.arange(ticks) + skipped * (np.arange(ticks) >= at),
+        world=world,
+        lost=world.lost,
+        **past.arrays(),
+        trials=sorted(past.conduct.trials, key=lambda trial: trial.at_s),
+        excuses=past.conduct.excuses,
     )
+
+
+def replay(scene: Scene, c: ModelConfig, say: np.ndarray, act: np.ndarray, rng: np.random.Generator) -> Scene:
+    """The same scene with another companion in it, who chose `say` and `act`, i32[T], right or wrong; the targets follow from that."""
+    past = _Past(scene.world, c, rng, (say, act))
+    room, voice, echo = _sound(scene.world, past, c, rng)
+    return Scene(**vars(scene) | past.arrays() | {"room": room, "mic": np.clip(room + echo, -1, 1), "voice": voice})
 
 
 def word_windows(corpus: Corpus, rng: np.random.Generator, n: int, c: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,99 +226,158 @@ def hand_frames(corpus: Corpus, rng: np.random.Generator, n: int, c: ModelConfig
     return frames, label
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------------------
+# ---- what happens ---------------------------------------------------------------------------------------------------------------
 
 
-def _tick_at(time_s: float, tick_s: float) -> int:
-    """The first tick whose edge is at or after `time_s` (edges of tick k: (k + 1) * tick_s)."""
-    return int(np.ceil(round(time_s / tick_s, 6))) - 1
+def _stray_text(script: Script) -> None:
+    """Words that mean nothing here by themselves."""
+    words = [word for word in WORDS[1:] if word not in ("count", "show", "quiet", "talk", "tell", "last")]
+    for at_s in script.rng.uniform(0, script.length_s, script.rng.integers(1, 4)):
+        script.deliver(float(at_s), *(str(word) for word in script.rng.choice(words, script.rng.integers(1, 4))))
 
 
-def _delayed(choice: np.ndarray) -> np.ndarray:
-    return np.concatenate((np.zeros_like(choice[:1]), choice[:-1]))
+def _lost_ticks(rng: np.random.Generator, moments: list[Moment], script: Script) -> np.ndarray:
+    """bool[T]: now and then some ticks are lost, but none in which something began or ended that matters later."""
+    lost = np.zeros(len(moments), bool)
+    if rng.random() >= Chance.lost_ticks:
+        return lost
+    matters = np.zeros(len(moments), bool)
+    for moment in moments:
+        if moment.text or moment.appeared:
+            matters[moment.tick] = True
+        for word in moment.heard:
+            matters[int(word.onset_s / script.tick_s) : moment.tick + 1] = True
+    for _ in range(rng.integers(1, 4)):
+        at = rng.integers(1, len(moments))
+        lost[at : at + rng.integers(1, 4)] = True
+    return lost & ~matters
 
 
-def _lost_ticks(rng: np.random.Generator, ticks: int) -> np.ndarray:
-    lost = np.zeros(ticks, bool)
-    if rng.random() < Chance.lost_ticks:
-        for _ in range(rng.integers(1, 4)):
-            at = rng.integers(1, ticks)
-            lost[at : at + rng.integers(1, 4)] = True
-    return lost
-
-
-def _instructions(rng: np.random.Generator, ticks: int, c: ModelConfig) -> np.ndarray:
-    text = np.zeros((ticks, c.text.text_in), np.int32)
-    if rng.random() < Chance.text:
-        for at in rng.integers(0, ticks, rng.integers(1, 5)):
-            count = rng.integers(1, c.text.text_in + 1)
-            text[at, :count] = rng.integers(1, len(WORDS), count)
-    return text
+def _jump(rng: np.random.Generator, breaks: list[float], moments: list[Moment], c: ModelConfig) -> tuple[int, int]:
+    """Sometimes time passes between two things of which nothing is left: so that long memory is learned from short scenes."""
+    calm = [tick for tick in (round(at_s * 1000 / c.tick_ms) for at_s in breaks) if 0 < tick < len(moments) and moments[tick].talk_s == 0]
+    if not calm or rng.random() >= Chance.jump:
+        return 0, 0
+    return int(rng.choice(calm)), int(rng.integers(10, max(c.trunk.present_window - len(moments), 11)))
 
 
 # ---- the companion's past -------------------------------------------------------------------------------------------------------
 
 
 class _Past:
-    """What the companion chose in the scene, right or wrong, and what it should choose: `target` and `weight` for "say" and "act"."""
+    """What the companion did in the scene, and what it should have done, given that.
 
-    def __init__(self, rng: np.random.Generator, voice_words: dict[str, np.ndarray], lost: np.ndarray, c: ModelConfig) -> None:
-        ticks = len(lost)
-        self._rng, self._voice_words, self._lost, self._c = rng, voice_words, lost, c
-        self.say_now = np.zeros((ticks, c.text.say), np.int32)
-        self.act_now = np.zeros(ticks, np.int32)
-        self.target = {"say": np.zeros(ticks, np.int32), "act": np.zeros(ticks, np.int32)}
-        self.weight = {"say": (~lost).astype(np.float32), "act": (~lost).astype(np.float32)}
-        self._now = {"say": self.say_now[:, 0], "act": self.act_now}
+    It does what a perfect one would, but for mistakes that `rng` makes (None: none), or it did what `chosen` says.
+    """
 
-    def respond(self, what: Choice, tick: int, before: int, choice: int) -> None:
-        """Answer at `tick`, or at the next one that is free and not lost, but before `before`; sometimes late, sometimes wrong.
+    def __init__(
+        self, world: World, c: ModelConfig, rng: np.random.Generator | None, chosen: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
+        ticks = len(world.moments)
+        self._rng, self._world, self._c, self._chosen = rng, world, c, chosen
+        self.say_now, self.act_now = np.zeros((ticks, c.text.say), np.int32), np.zeros((ticks, 1), np.int32)
+        self.say_target, self.act_target = np.zeros(ticks, np.int32), np.zeros(ticks, np.int32)
+        self.say_weight, self.act_weight = (~world.lost).astype(np.float32), (~world.lost).astype(np.float32)
+        self.cut = np.zeros(ticks, bool)
+        self.conduct = Conduct(world.word_ticks, c.tick_ms / 1000)
+        spurious = rng is not None and chosen is None and rng.random() < Chance.spurious
+        self._blunder = int(rng.integers(ticks)) if rng is not None and spurious else -1
+        self._late = {"say": 0, "act": 0}  # ticks that an answer is still kept back
+        self._asked = {"say": "", "act": "none"}
+        for moment in world.moments:
+            self._tick(moment)
+        for kind, first, last in self.conduct.masks:
+            (self.say_weight if kind == "say" else self.act_weight)[first : last + 1] = 0
+        self.conduct.finish(ticks * c.tick_ms / 1000)
 
-        Until a late answer the loss is masked: neither waiting nor answering is wrong then.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields of `Scene` that follow from it."""
+        names = ("say_now", "act_now", "say_target", "act_target", "say_weight", "act_weight", "cut")
+        said, acted = (remembered(choice, self._world.lost) for choice in (self.say_now, self.act_now))
+        return {name: getattr(self, name) for name in names} | {"said": said, "acted": acted}
+
+    def _tick(self, moment: Moment) -> None:
+        tick, conduct = moment.tick, self.conduct
+        at, skipped = self._world.jump
+        if tick == at and skipped:
+            conduct.skip(skipped)
+        spoke = conduct.speaking(tick)
+        want_say, want_act = conduct.wanted(moment)
+        self.say_target[tick], self.act_target[tick] = WORDS.index(want_say), ACTS.index(want_act)
+        if self._world.lost[tick]:
+            conduct.performed(moment, "", "none")
+            return
+        if self._chosen is not None:
+            say, act = WORDS[self._chosen[0][tick]], ACTS[self._chosen[1][tick]]
+        else:
+            say, act = self._flawed("say", tick, want_say), self._flawed("act", tick, want_act)
+            if tick == self._blunder and (say, act) == ("", "none") and (want_say, want_act) == ("", "none"):
+                say, act = self._too_much(tick)
+        conduct.performed(moment, say, act)
+        self.say_now[tick, 0], self.act_now[tick, 0] = WORDS.index(say), ACTS.index(act)
+        self.cut[tick] = spoke and not say and not conduct.speaking(tick)
+
+    def _flawed(self, what: str, tick: int, want: str) -> str:
+        """What is done instead of what is wanted: sometimes nothing yet, sometimes another digit; the loss is masked there.
+
+        Until a late answer neither waiting nor answering is wrong.
         """
-        now, target, weight = self._now[what], self.target[what], self.weight[what]
-        late = int(self._rng.integers(1, 4)) if self._rng.random() < Chance.late else 0
-        wrong = what == "say" and self._rng.random() < Chance.wrong_digit
-        at = tick
-        while at < len(now) and (at < tick + late or self._lost[at] or now[at]):
-            weight[at] *= now[at] > 0
-            at += 1
-        if at >= min(len(now), max(before, tick + 1)):
-            return
-        now[at] = target[at] = choice
-        if wrong:
-            now[at] = 1 + (choice - 1 + self._rng.integers(1, len(DIGITS))) % len(DIGITS)
-            weight[at] = 0
+        nothing = "" if what == "say" else "none"
+        rng, weight = self._rng, self.say_weight if what == "say" else self.act_weight
+        if rng is None or want == nothing:
+            self._asked[what] = nothing
+            return want
+        if self._asked[what] != want:
+            self._asked[what] = want
+            # A number of a recitation or the end of a timer has no second tick to come in.
+            most = 3 if want not in ("now", "nod") and self.conduct.recitation is None else 1
+            self._late[what] = int(rng.integers(1, most + 1)) if rng.random() < Chance.late else 0
+        if self._late[what]:
+            self._late[what] -= 1
+            weight[tick] = 0
+            return nothing
+        self._asked[what] = nothing
+        if want in DIGITS and rng.random() < Chance.wrong_digit:
+            weight[tick] = 0
+            return DIGITS[(DIGITS.index(want) + int(rng.integers(1, len(DIGITS)))) % len(DIGITS)]
+        return want
 
-    def mask(self, what: Choice, tick: int) -> None:
-        """Nobody could tell whether an answer is due from `tick` on: no loss for as long as one might come."""
-        self.weight[what][tick : tick + 3] = 0
+    def _too_much(self, tick: int) -> tuple[str, str]:
+        """One word or act too many."""
+        assert self._rng is not None
+        if self._rng.random() < 0.5:
+            self.say_weight[tick] = 0
+            return str(self._rng.choice(WORDS[1:])), "none"
+        self.act_weight[tick] = 0
+        return "", str(self._rng.choice(ACTS[1:]))
 
-    def blunder(self) -> None:
-        """Sometimes one word or act too many."""
-        if self._rng.random() >= Chance.spurious:
-            return
-        what: Choice = "say" if self._rng.random() < 0.5 else "act"
-        tick = int(self._rng.integers(len(self._lost)))
-        if self._lost[tick] or self._now[what][max(tick - 1, 0) : tick + 2].any() or self.target[what][max(tick - 1, 0) : tick + 2].any():
-            return
-        known = [i for i, word in enumerate(WORDS) if word in self._voice_words]
-        self._now[what][tick] = self._rng.choice(known) if what == "say" else self._rng.integers(1, len(ACTS))
-        self.weight[what][tick] = 0
 
-    def speech(self) -> np.ndarray:
-        """The words as the speaker played them, f32[C + T*S]; a new word cuts the one before, a lost tick leaves a gap."""
-        c, ticks = self._c, len(self._lost)
-        offset = round(RATE_HZ * self._rng.triangular(0.020, 0.060, 0.120))  # playout offset of the session
-        played = np.zeros(ticks * c.tick_samples, np.float32)
-        loudness = 10 ** (self._rng.uniform(-2, 2) / 20)
-        for tick in np.flatnonzero(self.say_now[:, 0]):
-            word = self._voice_words[WORDS[self.say_now[tick, 0]]]
-            start = c.tick_samples * (tick + 1) + offset
+def remembered(choice: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """What the session gives a tick of its last choice [T, n]: that of the last tick before that was not lost."""
+    before = np.zeros_like(choice)
+    for tick in range(1, len(choice)):
+        before[tick] = before[tick - 1] if lost[tick - 1] else choice[tick - 1]
+    return before
+
+
+def _sound(world: World, past: _Past, c: ModelConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(room, voice, echo of the voice), f32[C + T*S]: a new word cuts the one before, `cut` breaks it off, a lost tick leaves a gap."""
+    ticks = len(world.moments)
+    played = np.zeros(ticks * c.tick_samples, np.float32)
+    loudness = 10 ** (rng.uniform(-2, 2) / 20)
+    for tick in range(ticks):
+        start = c.tick_samples * (tick + 1) + world.playout_offset
+        if past.cut[tick]:
+            played[start:] = 0
+        if past.say_now[tick, 0]:
+            word = world.voice_words[WORDS[past.say_now[tick, 0]]]
             played[start:] = 0
             room = played[start : start + len(word)]
-            room += word[: len(room)] * loudness * 10 ** (self._rng.normal(0, 0.5) / 20)
-        for tick in np.flatnonzero(self._lost):
-            start = c.tick_samples * (tick + 1) + offset
-            played[start : start + c.tick_samples] = 0
-        return np.concatenate((np.zeros(c.context_samples, np.float32), played))
+            room += word[: len(room)] * loudness * 10 ** (rng.normal(0, 0.5) / 20)
+    for lost in np.flatnonzero(world.lost):
+        start = c.tick_samples * (int(lost) + 1) + world.playout_offset
+        played[start : start + c.tick_samples] = 0
+    voice = np.concatenate((np.zeros(c.context_samples, np.float32), played))
+    echoed = fftconvolve(voice, world.echo)[: len(voice)].astype(np.float32) if voice.any() else np.zeros_like(voice)
+    placed = [Placed(word.sound, c.context_samples + round(word.onset_s * RATE_HZ)) for word in world.script.words]
+    return room_sound(placed, echoed, world.noise), voice, echoed

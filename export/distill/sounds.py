@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
-from device.config import ModelConfig
-from export.distill.corpus import COMMANDS, RATE_HZ, Clip, Corpus
+from export.distill.clips import COMMANDS, RATE_HZ, Clip
+from export.distill.corpus import Corpus, Voices
 
-# The words that ask for an act, and for which; the other COMMANDS ask for none.
-ACT_OF_WORD = {"up": "look_up", "down": "look_down", "left": "look_left", "right": "look_right", "on": "light_on", "off": "light_off"}
+ABOVE_NOISE = 10**0.2  # power: every word keeps 2 dB above noise and echo
 _OTHER_LABEL = len(COMMANDS) + 1
 
 
@@ -19,12 +20,13 @@ class Chance:
     """The probabilities that shape the sound of a scene."""
 
     # what is heard
-    only_negatives, silent_room, babble, no_echo = 0.12, 0.10, 0.15, 0.2
+    babble, no_echo = 0.18, 0.2
     # one spoken word: with what is left over it is one of "others"
-    command, bystander, mangled = 0.55, 0.20, 0.05
-    synthetic_word, synthetic_other = 0.15, 0.30
+    command, mangled = 0.75, 0.05
+    reshaped_word, reshaped_other = 0.45, 0.35
+    synthetic_word, synthetic_other = 0.15, 0.35
     # how it sounds
-    noise_clip, reverb, clipped, cropped = 0.45, 0.35, 0.04, 0.4
+    noise_clip, reverb, clipped, cropped, muffled = 0.45, 0.35, 0.04, 0.4, 0.25
 
 
 class Sound(NamedTuple):
@@ -37,43 +39,31 @@ class Sound(NamedTuple):
     name: str  # the clip's word, "" for a mangled one
 
 
-class Spoken(NamedTuple):
-    """A word spoken in the room: `name` and `label` as in `Sound`, times from captured sample 0, powers as from `power`."""
+class Placed(NamedTuple):
+    """A sound in a scene, and the sample of the scene at which its word begins."""
 
-    name: str
-    label: int
-    onset_s: float
-    end_s: float
-    power: float
-    noise_power: float  # of everything else in the room during the word
+    sound: Sound
+    at: int
 
 
-def room_sound(corpus: Corpus, rng: np.random.Generator, ticks: int, c: ModelConfig) -> tuple[np.ndarray, list[Spoken]]:
-    """The room without the companion: f32[C + T*S] at 16 kHz (captured sample 0 at C), and the words spoken in it, in order."""
-    mic = background_noise(corpus, rng, c.context_samples + ticks * c.tick_samples)
-    length_s = ticks * c.tick_ms / 1000
+def room_sound(placed: Iterable[Placed], echo: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """The microphone without the echo of the speaker: f32[n] of `noise` and words, with who speaks keeping above noise and `echo`."""
+    mic = noise.copy()
+    for sound, at in placed:
+        word = sound.samples[sound.onset : sound.end]
+        span = slice(max(at, 0), at + len(word))
+        # Who is not heard speaks up (Lombard), so that every word could be understood.
+        loud = (power(noise[span]) + power(echo[span])) * ABOVE_NOISE / max(power(word), 1e-12)
+        mix(mic, sound._replace(samples=sound.samples * np.float32(np.sqrt(max(loud, 1.0)))), at - sound.onset)
+    return mic
+
+
+def room_noise(corpus: Corpus, rng: np.random.Generator, samples: int) -> np.ndarray:
+    """Noise, sometimes with other people talking far away: f32[samples] at 16 kHz."""
+    noise = background_noise(corpus, rng, samples)
     if rng.random() < Chance.babble:
-        _add_babble(mic, corpus, rng)
-    spoken: list[Spoken] = []
-    if rng.random() < Chance.silent_room:
-        return mic, spoken
-    only_negatives = rng.random() < Chance.only_negatives
-    room, level_db, overdriven = random_room(rng), rng.uniform(-37, -17), rng.random() < Chance.clipped
-    free = rng.uniform(0.2, 1.5)
-    pause_s = rng.uniform(0.8, 2.6)  # on average; 4 to 7 words in 16 s
-    while True:
-        sound = augment_word(pick_word(corpus, rng, only_negatives), rng, room, np.clip(level_db + rng.normal(0, 2.5), -40, -14))
-        onset_s = free
-        end_s = onset_s + (sound.end - sound.onset) / RATE_HZ
-        if end_s > length_s - 0.05:
-            break
-        start = c.context_samples + round(onset_s * RATE_HZ) - sound.onset
-        if overdriven:
-            sound = sound._replace(samples=np.clip(sound.samples * 3, -0.5, 0.5))
-        noise_power = mix(mic, sound, start)
-        spoken.append(Spoken(sound.name, sound.label, onset_s, end_s, power(sound.samples[sound.onset : sound.end]), noise_power))
-        free = end_s + 0.25 + rng.exponential(pause_s)
-    return mic, spoken
+        _add_babble(noise, corpus, rng)
+    return noise
 
 
 def pick_word(corpus: Corpus, rng: np.random.Generator, only_negatives: bool) -> Clip:
@@ -82,33 +72,41 @@ def pick_word(corpus: Corpus, rng: np.random.Generator, only_negatives: bool) ->
     if only_negatives:
         kind = Chance.command + kind * (1 - Chance.command)
     if kind < Chance.command:
-        return _word_clip(corpus, rng, str(rng.choice(list(ACT_OF_WORD))))
-    if kind < Chance.command + Chance.bystander:
-        return _word_clip(corpus, rng, str(rng.choice([word for word in COMMANDS if word not in ACT_OF_WORD])))
-    if kind < Chance.command + Chance.bystander + Chance.mangled:
-        return _mangled(corpus, rng)
-    return _other_clip(corpus, rng)
+        return word_clip(corpus, rng, str(rng.choice(COMMANDS)))
+    if kind < Chance.command + Chance.mangled:
+        return mangled_clip(corpus, rng)
+    return other_clip(corpus, rng)
 
 
-def _word_clip(corpus: Corpus, rng: np.random.Generator, word: str) -> Clip:
-    synthetic = corpus.synthetic_words[word] and rng.random() < Chance.synthetic_word
-    clips = corpus.synthetic_words[word] if synthetic else corpus.words[word]
+def word_clip(corpus: Corpus, rng: np.random.Generator, word: str) -> Clip:
+    """One of COMMANDS, spoken by anybody."""
+    clips = _source(corpus, rng, Chance.reshaped_word, Chance.synthetic_word, lambda voices: voices.words[word])
     return clips[rng.integers(len(clips))]
 
 
-def _other_clip(corpus: Corpus, rng: np.random.Generator) -> Clip:
-    clips = corpus.synthetic_others if corpus.synthetic_others and rng.random() < Chance.synthetic_other else corpus.others
+def other_clip(corpus: Corpus, rng: np.random.Generator) -> Clip:
+    """Another word, spoken by anybody."""
+    clips = _source(corpus, rng, Chance.reshaped_other, Chance.synthetic_other, lambda voices: voices.others)
     return clips[rng.integers(len(clips))]
 
 
-def _mangled(corpus: Corpus, rng: np.random.Generator) -> Clip:
+def _source(
+    corpus: Corpus, rng: np.random.Generator, reshaped: float, synthetic: float, clips: Callable[[Voices], list[Clip]]
+) -> list[Clip]:
+    """Real people's clips, or made ones where there are any."""
+    kind = rng.random()
+    made = clips(corpus.reshaped) if kind < reshaped else clips(corpus.synthetic) if kind < reshaped + synthetic else []
+    return made or clips(corpus.real)
+
+
+def mangled_clip(corpus: Corpus, rng: np.random.Generator) -> Clip:
     """A clip backwards, or the first half of a command's word with the second half of another: nothing anybody meant."""
     words = [word for word in COMMANDS if word != "no"]  # "no" backwards is nearly "on"
-    clip = _word_clip(corpus, rng, str(rng.choice(words)))
+    clip = word_clip(corpus, rng, str(rng.choice(words)))
     if rng.random() < 0.5:
         n = len(clip.samples)
         return Clip("", clip.samples[::-1], clip.speaker, n - clip.end, n - clip.onset)
-    other = _other_clip(corpus, rng)
+    other = other_clip(corpus, rng)
     if rng.random() < 0.5:
         clip, other = other, clip
     cut, resume = (clip.onset + clip.end) // 2, (other.onset + other.end) // 2
@@ -138,7 +136,7 @@ def augment_word(clip: Clip, rng: np.random.Generator, room: np.ndarray | None, 
         first, last = max(onset - round(0.06 * RATE_HZ), 0), min(end + round(0.12 * RATE_HZ), len(samples))
         samples, onset, end = samples[first:last], onset - first, end - first
     samples = _faded(samples, 160)
-    speed = rng.uniform(0.88, 1.15)
+    speed = rng.uniform(0.82, 1.22)
     count = int(len(samples) / speed)
     samples = np.interp(np.arange(count) * speed, np.arange(len(samples)), samples)
     onset, end = round(onset / speed), min(round(end / speed), count)
@@ -159,6 +157,8 @@ def _equaliser(rng: np.random.Generator, bins: int) -> np.ndarray:
     gains_db = rng.normal(0, 2.5, 6) + rng.normal(0, 3.0) * np.linspace(-1, 1, 6)
     if rng.random() < 0.25:
         gains_db[0] -= rng.uniform(5, 25)  # small loudspeaker, high-passed microphone
+    if rng.random() < Chance.muffled:  # a band that does not get through
+        gains_db[rng.integers(2, 6)] -= rng.uniform(6, 25)
     coarse = 10 ** (np.interp(np.log(np.linspace(30, 8000, 257)), np.log(knots_hz), gains_db) / 20)
     return np.asarray(np.interp(np.linspace(0, 256, bins), np.arange(257), coarse), dtype=np.float32)
 
@@ -181,13 +181,19 @@ def background_noise(corpus: Corpus, rng: np.random.Generator, samples: int) -> 
         loop = corpus.noise[rng.integers(len(corpus.noise))]
         loop = loop[: len(loop) // 2 * 2]
     else:
-        size = 1 << 16
-        spectrum = rfft(rng.standard_normal(size, dtype=np.float32))
-        colour = rng.choice((0.0, 0.5, 1.0))  # white, pink, brown: amplitude falls as 1 / f**colour
-        loop = irfft(spectrum / np.maximum(np.arange(size // 2 + 1), 64).astype(np.float32) ** np.float32(colour), size)
+        loop = _coloured_noise(float(rng.choice((0.0, 0.5, 1.0))), int(rng.integers(16)))  # white, pink, brown
     loop = np.roll(loop, rng.integers(len(loop)))
     noise = np.tile(loop, -(-samples // len(loop)))[:samples].astype(np.float32)
     return noise * np.float32(10 ** (rng.uniform(-65, -36) / 20) / max(_rms(loop), 1e-6))
+
+
+@cache
+def _coloured_noise(colour: float, seed: int) -> np.ndarray:
+    """Four seconds whose amplitude falls as 1 / f**colour, f32[65536] at 16 kHz."""
+    size = 1 << 16
+    spectrum = rfft(np.random.default_rng(seed).standard_normal(size, dtype=np.float32))
+    loop = irfft(spectrum / np.maximum(np.arange(size // 2 + 1), 64).astype(np.float32) ** np.float32(colour), size)
+    return np.asarray(loop, dtype=np.float32)
 
 
 def _add_babble(mic: np.ndarray, corpus: Corpus, rng: np.random.Generator) -> None:
@@ -195,7 +201,7 @@ def _add_babble(mic: np.ndarray, corpus: Corpus, rng: np.random.Generator) -> No
     level_db = rng.uniform(-52, -34)
     at = 0
     while at < len(mic):
-        sound = augment_word(_other_clip(corpus, rng), rng, None, level_db + rng.normal(0, 3))
+        sound = augment_word(other_clip(corpus, rng), rng, None, level_db + rng.normal(0, 3))
         mix(mic, sound, at)
         at += round(RATE_HZ * rng.exponential(0.9) + 0.1 * RATE_HZ)
 

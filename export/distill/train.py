@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from device.positions import clock_features, rope_table
-from export.distill.corpus import Corpus, load_corpus
+from export.checkpoint import WEIGHTS_NAME
+from export.distill.batches import Batch, Batches
+from export.distill.corpus import load_corpus
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
 from export.distill.model import TickModel
-from export.distill.recipe import Recipe, Stage
-from export.distill.scenes import hand_frames, make_scene, word_windows
-from export.distill.voice import render_words
+from export.distill.recipe import Recipe, RecipeError, Stage
+from export.distill.teacher import HEADS_NAME, Teacher, load_weights
 
 RESUME_EVERY_S = 120.0
 LOG_EVERY = 25  # steps; the dev people are looked at every fourth time
@@ -28,45 +29,59 @@ HELD_OUT_BATCHES = 4
 EMA = 0.998
 STAGES = ("perception", "scenes")
 
-Loss = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Loss = Callable[[Batch], dict[str, Tensor]]
 
 
-class Batches(IterableDataset[dict[str, Tensor]]):
-    """Endless batches made in a worker process; worker and seed decide what they hold."""
+class Source(NamedTuple):
+    """What is trained on: the training people of a corpus folder, scenes from shards (a glob pattern) in place of our own, or both.
 
-    def __init__(self, corpus: Corpus, recipe: Recipe, stage: str, seed: int) -> None:
-        self.corpus, self.recipe, self.stage, self.seed = corpus, recipe, stage, seed
-        self.words = render_words(recipe.model.text.words[1:])
+    `start` is a checkpoint folder whose weights are gone on from, in place of random ones.
+    """
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        worker = torch.utils.data.get_worker_info()
-        if worker is not None:
-            torch.set_num_threads(1)
-            os.nice(5)
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        make = self._perception if self.stage == "perception" else self._scenes
-        while True:
-            yield {k: torch.from_numpy(v) for k, v in make(rng).items()}
+    data: Path | None
+    shards: str | None = None
+    start: Path | None = None
 
-    def _perception(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        c, n = self.recipe.model, self.recipe.perception.batch
-        mic, word, end_tick = word_windows(self.corpus, rng, n, c)
-        frames, hand = hand_frames(self.corpus, rng, n, c)
-        return {
-            "mic": mic,
-            "word": word.astype(np.int64),
-            "end_tick": end_tick.astype(np.int64),
-            "frames": frames,
-            "hand": hand.astype(np.int64),
-        }
 
-    def _scenes(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        c = self.recipe.model
-        made = [make_scene(self.corpus, self.words, rng, c, self.recipe.ticks) for _ in range(self.recipe.scenes.batch)]
-        names = [name for name in vars(made[0]) if name not in ("start_tick", "echo", "events")]
-        batch = {name: np.stack([getattr(s, name) for s in made]) for name in names}
-        ticks = np.array([s.start_tick for s in made])[:, None] + np.arange(self.recipe.ticks)
-        return batch | {"clock": clock_features(c, ticks), "rope": rope_table(c, ticks)}
+class Processes(NamedTuple):
+    """The processes that train together, as torchrun starts them: each on scenes of its own, with one average of their gradients."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Meet the others; alone when torchrun did not start this process. A GPU is used where there is one."""
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if "RANK" not in os.environ:
+            return cls(0, 1, device)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all of them are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def average(self, weights: Sequence[Tensor]) -> None:
+        """Give every process the mean of all gradients."""
+        if self.size > 1:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = (flat / self.size).split([gradient.numel() for gradient in gradients])
+            for gradient, mean in zip(gradients, parts, strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
 
 class Optimizer:
@@ -109,25 +124,43 @@ class Optimizer:
 class Trainer:
     """A training under way: the model, its auxiliary heads, its people, and the folder it can go on from."""
 
-    def __init__(self, recipe: Recipe, data: Path, work: Path, compiled: bool) -> None:
+    def __init__(self, recipe: Recipe, source: Source, work: Path, teacher: Path | None, processes: Processes, compiled: bool) -> None:
         work.mkdir(parents=True, exist_ok=True)
+        self.recipe, self.processes, self.compiled, self.resume_path = recipe, processes, compiled, work / "resume.pt"
+        self.shards, self.people, self.dev = source.shards, None, None
+        if source.data is not None:
+            if not processes.first:  # made voices are kept in files: one process makes them for all
+                processes.wait()
+            self.people, self.dev = load_corpus(source.data, "train", work / "voices"), load_corpus(source.data, "dev")
+            if processes.first:
+                processes.wait()
+        elif recipe.perception.steps or recipe.practice or source.shards is None:
+            asked = f"{recipe.name}: the fields perception.steps and practice ask for recordings"
+            raise RecipeError(f"{asked}; give --data, or set both to 0 and give --scenes")
         torch.manual_seed(recipe.seed)
-        self.recipe, self.compiled, self.resume_path = recipe, compiled, work / "resume.pt"
-        self.people, self.dev = (load_corpus(data, split, work / "synthetic") for split in ("train", "dev"))
         self.model, self.heads = TickModel(recipe.model), Auxiliary(recipe.model)
-        self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        target = SpeechTarget(recipe.model)
+        if source.start is not None:
+            load_weights(self.model, source.start / WEIGHTS_NAME)
+            load_weights(self.heads, source.start / HEADS_NAME)
+        self.teacher = Teacher.read(teacher, recipe.model) if teacher is not None else None
+        self.actor = copy.deepcopy(self.model).eval()
+        self.actor.share_memory()  # with the workers, which play scenes again with the weights of the moment
+        self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(processes.device)
+        target = SpeechTarget(recipe.model).to(processes.device)
         self.losses: dict[str, Loss] = {
             "perception": lambda batch: perception_loss(self.model, self.heads, batch),
             "scenes": lambda batch: scene_loss(self.model, self.heads, target, batch),
         }
-        self.log = _Log(work / "progress.csv")
+        self.log = _Log(work / "progress.csv") if processes.first else None
 
-    def run(self) -> TickModel:
-        """All stages that are not done yet; the model with its averaged weights."""
-        saved: dict[str, Any] = torch.load(self.resume_path) if self.resume_path.exists() else {"stage": 0}
+    def run(self) -> None:
+        """All stages that are not done yet; leaves the averaged weights in the model."""
+        saved: dict[str, Any] = {"stage": 0}
+        if self.resume_path.exists():
+            saved = torch.load(self.resume_path, map_location=self.processes.device)
         if "modules" in saved:
             self.modules.load_state_dict(saved["modules"])
+        self.processes.wait()  # until all have read it
         for number in range(saved["stage"], len(STAGES)):
             optimizer = Optimizer(self.modules, getattr(self.recipe, STAGES[number]))
             if number == saved["stage"] and "optimizer" in saved:
@@ -135,50 +168,68 @@ class Trainer:
             self._run_stage(number, optimizer)
             _swap(self.modules, optimizer.average)
             self._save({"stage": number + 1})
-        return self.model
 
     def _run_stage(self, number: int, optimizer: Optimizer) -> None:
-        name = STAGES[number]
+        if optimizer.stage.steps == 0:
+            return
+        name, device, cpu = STAGES[number], self.processes.device, self.processes.device.type == "cpu"
         seed = self.recipe.seed * 1000 + number * 100 + optimizer.step  # a resumed run goes on with fresh scenes
-        batches = iter(DataLoader(Batches(self.people, self.recipe, name, seed), batch_size=None, num_workers=1, prefetch_factor=6))
-        dev_batches = iter(Batches(self.dev, self.recipe, name, 1))
-        held_out = [next(dev_batches) for _ in range(HELD_OUT_BATCHES)]
+        torch.manual_seed(seed + self.processes.rank)
+        part = (self.processes.rank, self.processes.size)
+        source = Batches(self.people, self.recipe, name, [seed, part[0]], self.actor, self.teacher, self.shards, part)
+        workers = 1 if cpu else max((os.cpu_count() or 2) - 1, 1)
+        batches = iter(DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=6))
+        held_out: list[Batch] = []
+        if self.log and self.dev is not None:
+            dev_batches = iter(Batches(self.dev, self.recipe, name, [1]))
+            held_out = [_moved(next(dev_batches), device) for _ in range(HELD_OUT_BATCHES)]
         loss = torch.compile(self.losses[name]) if self.compiled else self.losses[name]
         first, started = optimizer.step, time.monotonic()
-        saved, sums = started, dict.fromkeys(_Log.LOSSES, 0.0)
+        saved, logged, sums = started, first, dict.fromkeys(_Log.LOSSES, 0.0)
         while optimizer.step < optimizer.stage.steps:
-            with torch.autocast("cpu", torch.bfloat16):
-                values = loss(next(batches))
+            if optimizer.step % LOG_EVERY == 0:
+                self.actor.load_state_dict(self.model.state_dict())
+            with torch.autocast(device.type, torch.bfloat16):
+                values = loss(_moved(next(batches), device))
             values["loss"].backward()
+            self.processes.average(optimizer.weights)
             optimizer.update()
             for key, value in values.items():
-                sums[key] += value.item() / LOG_EVERY
+                sums[key] += value.item()
             now, step = time.monotonic(), optimizer.step
             if step % LOG_EVERY == 0:
                 left_s = (now - started) / (step - first) * (optimizer.stage.steps - step)
                 row = {"stage": name, "step": step, "minutes": round((now - started) / 60, 2), "left_minutes": round(left_s / 60, 1)}
-                row |= {key: round(sums[key], 4) for key in values}
-                if step % (4 * LOG_EVERY) == 0:
+                row |= {key: round(sums[key] / (step - logged), 4) for key in values}  # fewer than LOG_EVERY after a resumption
+                if held_out and step % (4 * LOG_EVERY) == 0:
                     row |= {f"dev_{key}": round(value, 4) for key, value in self._evaluate(name, optimizer, held_out).items()}
-                self.log.write(row)
-                sums = dict.fromkeys(sums, 0.0)
+                if self.log:
+                    self.log.write(row)
+                logged, sums = step, dict.fromkeys(sums, 0.0)
             if now - saved > RESUME_EVERY_S:
                 saved = now
                 self._save({"stage": number, "optimizer": optimizer.state()})
 
     @torch.no_grad()
-    def _evaluate(self, stage: str, optimizer: Optimizer, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _evaluate(self, stage: str, optimizer: Optimizer, held_out: list[Batch]) -> dict[str, float]:
         """Losses and accuracies of the averaged weights on the dev people, teacher-forced."""
         _swap(self.modules, optimizer.average)
-        with torch.autocast("cpu", torch.bfloat16):
+        self.modules.eval()
+        with torch.autocast(self.processes.device.type, torch.bfloat16):
             results = [self.losses[stage](batch) for batch in held_out]
+        self.modules.train()
         _swap(self.modules, optimizer.average)
         return {key: sum(r[key].item() for r in results) / len(results) for key in results[0]}
 
     def _save(self, state: dict[str, Any]) -> None:
-        scratch = self.resume_path.with_suffix(".tmp")
-        torch.save(state | {"modules": self.modules.state_dict()}, scratch)
-        os.replace(scratch, self.resume_path)
+        if self.processes.first:
+            scratch = self.resume_path.with_suffix(".tmp")
+            torch.save(state | {"modules": self.modules.state_dict()}, scratch)
+            os.replace(scratch, self.resume_path)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {name: _moved(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
 
 
 @torch.no_grad()
@@ -190,12 +241,15 @@ def _swap(modules: nn.Module, others: list[Tensor]) -> None:
         other.copy_(kept)
 
 
-def train(recipe: Recipe, data: Path, work: Path, compiled: bool = True) -> TickModel:
-    """Run the recipe on the training people below `data`, from where `work/resume.pt` left off; the model with averaged weights.
+def train(recipe: Recipe, source: Source, work: Path, teacher: Path | None = None, compiled: bool = True) -> tuple[TickModel, Auxiliary]:
+    """Run the recipe from where `work/resume.pt` left off; model and heads with averaged weights.
 
-    `work/progress.csv` gets a row every 25 steps.
+    With `teacher`, a checkpoint folder, its probabilities are half of what is learned. `work/progress.csv` gets a row every 25
+    steps. Started by torchrun, several processes train together; on several machines they need `work` on a shared disk.
     """
-    return Trainer(recipe, data, work, compiled).run()
+    trainer = Trainer(recipe, source, work, teacher, Processes.join(), compiled)
+    trainer.run()
+    return trainer.model.cpu(), trainer.heads.cpu()
 
 
 class _Log:

@@ -15,14 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export import voice_tables as tables
-from export.espeak import speak
 from export.filters import mel_filters
+from export.spoken_words import recite, render_words
 from export.voice_tables import DELAY_SAMPLES, HOP_SAMPLES, MEL_CHANNELS, MEL_MEAN, MEL_STD, RATE_HZ, SILENCE
 
-# Of 16 espeak-ng voices the only one whose words pocketsphinx all understood (20 of 20; the plain male en-us: 16):
-# a low, calm female voice (172 Hz), close enough to the pulse model to survive it.
-VOICE = "en-us+f2"
-WORDS_PER_MINUTE = 160  # the longest word, "ok", takes 0.65 s
 MEL_WINDOW, MEL_DFT = 800, 1024
 TICK_FRAMES = 16  # of a tick of 200 ms, unless the model's configuration says otherwise
 
@@ -187,11 +183,6 @@ def speech_mel(samples: np.ndarray) -> np.ndarray:
     return ((np.log(np.maximum(magnitude, 1e-5)) - MEL_MEAN) / MEL_STD).astype(np.float32)
 
 
-def render_words(words: Iterable[str]) -> dict[str, np.ndarray]:
-    """Each word (the empty one is left out) in the companion's voice: f32[n] at 16 kHz, starting at sample 0, -20 dBFS RMS."""
-    return {word: _trimmed(speak(word, VOICE, WORDS_PER_MINUTE)) for word in words if word}
-
-
 def word_mels(words: Iterable[str], tick_frames: int = TICK_FRAMES) -> dict[str, np.ndarray]:
     """Normalised mel of each rendered word, f32[ticks · tick_frames, 80]: begins with the word, ends in at least two silent frames."""
     mels = {}
@@ -201,16 +192,6 @@ def word_mels(words: Iterable[str], tick_frames: int = TICK_FRAMES) -> dict[str,
         ticks = -(-frames // tick_frames)
         mels[word] = speech_mel(np.pad(samples, (0, ticks * tick_frames * HOP_SAMPLES - len(samples))))
     return mels
-
-
-def _trimmed(samples: np.ndarray, rms: float = 0.1) -> np.ndarray:
-    block = RATE_HZ // 200  # 5 ms
-    energy = np.square(samples[: len(samples) // block * block]).reshape(-1, block).mean(1)
-    heard = np.flatnonzero(energy > energy.max() * 10**-4.5)  # 45 dB under the loudest: keeps f and th, drops espeak's padding
-    word = samples[heard[0] * block : (heard[-1] + 1) * block].astype(np.float64)
-    word[:block] *= np.linspace(0, 1, block)
-    word[-2 * block :] *= np.linspace(1, 0, 2 * block)
-    return (word * (rms / np.sqrt(np.mean(word**2)))).astype(np.float32)
 
 
 class Training(NamedTuple):
@@ -251,7 +232,7 @@ def training_material(words: Iterable[str]) -> Training:
     import librosa
 
     spoken = [samples for samples in render_words(words).values() for _ in range(4)]
-    spoken += [_trimmed(speak(text, VOICE, WORDS_PER_MINUTE, pitch)) for text in _SENTENCES for pitch in (42, 50, 58)]
+    spoken += [recite(text, pitch) for text in _SENTENCES for pitch in (42, 50, 58)]
     pause = np.zeros(RATE_HZ // 4, np.float32)
     speech = np.concatenate([part for samples in spoken for part in (pause, samples)])
     speech = speech[: len(speech) // HOP_SAMPLES * HOP_SAMPLES]

@@ -1,0 +1,123 @@
+"""Batches to train on, made while training runs: words and hands alone, and whole scenes, generated or read from shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from device.config import ModelConfig
+from device.positions import clock_features, rope_table
+from export.distill.corpus import Corpus
+from export.distill.model import TickModel
+from export.distill.recipe import Recipe
+from export.distill.scenes import Scene, hand_frames, make_scene, replay, word_windows
+from export.distill.shards import endless_scenes
+from export.distill.teacher import Teacher
+from export.spoken_words import render_words
+
+Batch = dict[str, Any]  # tensors by name; "practice" is a batch of the perception stage
+
+
+class Batches(IterableDataset[Batch]):
+    """Endless batches made in worker processes; seed, process and worker decide what they hold.
+
+    With `actor`, a model in shared memory that the trainer keeps up to date, a part of the scenes is played again as that model
+    would have gone on in them: scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) in two passes (Mihaylova & Martins
+    2019, arXiv 1906.07651). With `teacher` everything carries its soft targets. With `shards`, a glob pattern, scenes are read
+    instead of made; `part` is the number of this process and how many there are.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus | None,
+        recipe: Recipe,
+        stage: str,
+        seed: list[int],
+        actor: TickModel | None = None,
+        teacher: Teacher | None = None,
+        shards: str | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.corpus, self.recipe, self.stage, self.seed, self.actor, self.teacher = corpus, recipe, stage, seed, actor, teacher
+        self.shards, self.part = shards, part
+        self.words = render_words(recipe.model.text.words[1:])
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            torch.set_num_threads(1)
+            os.nice(5)
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        rng = np.random.default_rng([*self.seed, number])
+        if self.stage == "perception":
+            while True:
+                yield self._perception(rng, self.recipe.perception.batch)
+        elif self.shards is None:
+            while True:
+                yield self._with_practice(self._scenes(rng), rng)
+        else:
+            first, processes = self.part
+            scenes = endless_scenes(self.shards, self.recipe.model, rng, first * workers + number, processes * workers)
+            while True:
+                read = [next(scenes) for _ in range(self.recipe.scenes.batch)]
+                yield self._with_practice(self._taught(scene_batch(read, self.recipe.model)), rng)
+
+    def _perception(self, rng: np.random.Generator, n: int) -> Batch:
+        c = self.recipe.model
+        assert self.corpus is not None
+        mic, word, end_tick = word_windows(self.corpus, rng, n, c)
+        frames, hand = hand_frames(self.corpus, rng, n, c)
+        batch = tensors(
+            {
+                "mic": mic,
+                "word": word.astype(np.int64),
+                "end_tick": end_tick.astype(np.int64),
+                "frames": frames,
+                "hand": hand.astype(np.int64),
+            }
+        )
+        return batch if self.teacher is None else batch | self.teacher.perceives(batch)
+
+    def _with_practice(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        return batch | {"practice": self._perception(rng, self.recipe.practice)} if self.recipe.practice else batch
+
+    def _taught(self, batch: Batch) -> Batch:
+        """With the teacher's soft targets, where the scenes do not bring their own."""
+        return batch if self.teacher is None or "soft_say" in batch else batch | self.teacher.decides(batch)
+
+    def _scenes(self, rng: np.random.Generator) -> Batch:
+        c = self.recipe.model
+        assert self.corpus is not None
+        made = [make_scene(self.corpus, self.words, rng, c, self.recipe.ticks) for _ in range(self.recipe.scenes.batch)]
+        if self.actor is not None:
+            made = [self._replayed(scene, rng) if rng.random() < self.recipe.replays else scene for scene in made]
+        return self._taught(scene_batch([scene.arrays for scene in made], c))
+
+    def _replayed(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """The scene with the actor's own choices in its past, once it has learned to make the better part of them."""
+        assert self.actor is not None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            say, act = self.actor.choices(scene_batch([scene.arrays], self.recipe.model))
+        say_now, act_now = say[0, :, 0].numpy(), act[0, :, 0].numpy()
+        wanted = (scene.say_target > 0) | (scene.act_target > 0)
+        right = (scene.say_target == say_now) & (scene.act_target == act_now)
+        if wanted.any() and right[wanted].mean() < 0.5:
+            return scene
+        return replay(scene, self.recipe.model, say_now, act_now, rng)
+
+
+def scene_batch(scenes: list[dict[str, np.ndarray]], c: ModelConfig) -> Batch:
+    """The arrays of scenes of one length as the model takes them."""
+    batch = {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
+    return tensors(batch | {"clock": clock_features(c, batch["tick"]), "rope": rope_table(c, batch["tick"]), "valid": ~batch["lost"]})
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The same arrays as tensors."""
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}

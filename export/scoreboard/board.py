@@ -1,0 +1,215 @@
+"""Plays all systems on the same scenes, in parallel, until every behaviour was asked for often enough."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from device.bundle import Bundle
+from device.engine import OnnxRuntimeEngine
+from export.distill.behaviours import BEHAVIOURS, DIGITS, Free
+from export.distill.clips import Split
+from export.distill.corpus import Corpus, load_corpus
+from export.distill.scenes import Scene, Stage, make_scene, mixture, only
+from export.distill.script import Script
+from export.errors import ExportError
+from export.scoreboard.play import System
+from export.scoreboard.score import Verdict, judge
+from export.scoreboard.systems import ABLATIONS, systems
+from export.spoken_words import render_words
+
+SYSTEMS = ("presence", "telephone", "walkie-talkie")
+SCENE_TICKS, SILENCE_TICKS = 96, 150
+AGES_S = (5, 15, 30, 60)  # of a memory
+SILENCE, SHOWCASE, DOUBTS, RECALL = "silence", "showcase", "doubts", "recall after "  # groups of scenes, the last with the age
+# Which group of scenes asks for a behaviour that has no stage of its own.
+_STAGED_BY = {"yield": "recite", "hold": "recite"} | dict.fromkeys(("act", "ok", "show", "answer"), Free.name) | {"ask": DOUBTS}
+_ROUND = 8  # scenes that are given out at once
+
+
+class Task(NamedTuple):
+    """One scene to be played."""
+
+    group: str
+    number: int
+    ticks: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one system did in one scene."""
+
+    system: str
+    task: Task
+    seconds: float
+    verdict: Verdict
+
+
+class Player:
+    """Makes scenes and plays them; one in every process."""
+
+    def __init__(self, bundle: Path, data: Path, split: Split, seed: int, names: Iterable[str]) -> None:
+        opened = Bundle.open(bundle)
+        self.config, self.seed = opened.config, seed
+        self.corpus: Corpus = load_corpus(data, split)  # real people only
+        self.words = render_words(self.config.text.words)
+        known = systems(self.config, OnnxRuntimeEngine(opened.graph, self.config))
+        self.systems: dict[str, System] = {name: known[name] for name in names}
+
+    def scene(self, task: Task) -> Scene:
+        """The task's scene: the same for the same seed."""
+        rng = np.random.default_rng([self.seed, *task.group.encode(), task.number])
+        return make_scene(self.corpus, self.words, rng, self.config, task.ticks, flawless=True, stage=stage(task.group))
+
+    def play(self, task: Task) -> list[Entry]:
+        """What each system did in it."""
+        scene, seconds = self.scene(task), task.ticks * self.config.tick_ms / 1000
+        no_ablations = task.group.startswith((SILENCE, RECALL))
+        return [
+            Entry(name, task, seconds, judge(scene, system(scene, task.number), task.number))
+            for name, system in self.systems.items()
+            if not (no_ablations and name in ABLATIONS)
+        ]
+
+
+def stage(group: str) -> Stage:
+    """How a group's scenes are staged."""
+    if group == SILENCE:
+        return bystanders
+    if group == SHOWCASE:
+        return showcase
+    if group == DOUBTS:
+        return doubts
+    if group.startswith(RECALL):
+        return partial(recall_after, age_s=float(group.removeprefix(RECALL)))
+    return mixture if group == "mixture" else only(group)
+
+
+def bystanders(script: Script) -> list[float]:
+    """Rooms with other people talking, things that are no hands, and nothing that calls for more than a nod."""
+    rng, at_s = script.rng, float(script.rng.uniform(0.2, 1.5))
+    while at_s < script.length_s - 1.0:
+        kind = rng.random()
+        if kind < 0.4:
+            at_s = script.talk(at_s, rng.uniform(0.5, 6.0))
+        elif kind < 0.8:
+            at_s = script.say_other(at_s)
+        if kind > 0.7:
+            script.show(None, at_s, rng.uniform(0.8, 3.0))
+        at_s += rng.uniform(0.2, 2.5)
+    return []
+
+
+def doubts(script: Script) -> list[float]:
+    """Hand signs, and a "no" soon after most of the answers."""
+    rng, at_s = script.rng, float(script.rng.uniform(0.3, 1.0))
+    while at_s < script.length_s - 2.5:
+        over_s = script.show(int(rng.integers(len(DIGITS))), at_s, rng.uniform(1.0, 2.0))
+        at_s = max(script.say("no" if rng.random() < 0.8 else "yes", at_s + rng.uniform(1.2, 3.0)), over_s) + rng.uniform(0.5, 1.5)
+    return []
+
+
+def recall_after(script: Script, age_s: float) -> list[float]:
+    """A hand sign, then words and no hands for so long, then the question what it was."""
+    shown_s = float(script.rng.uniform(0.4, 1.0))
+    over_s = script.show(int(script.rng.integers(len(DIGITS))), shown_s, script.rng.uniform(1.4, 2.2))
+    Free.fill(script, over_s + 0.5, max(age_s - 3.0, 1.0), hands=False)
+    script.deliver(shown_s + age_s, "last")
+    return []
+
+
+def showcase(script: Script) -> list[float]:
+    """Twenty seconds with a bit of everything, for the picture."""
+    rng = script.rng
+    script.show(int(rng.integers(1, 10)), 0.5, 1.6)
+    script.say("up", 2.6)
+    script.say("go", 4.2)
+    script.say_other(5.9)
+    script.say("stop", 7.6)
+    script.talk(9.2, 3.6, (0.03, 0.3))
+    script.deliver(10.2, "tell", "five")
+    script.show(2, 14.4, 2.6)
+    script.say("go", 15.7)
+    return []
+
+
+def run(
+    bundle: Path, data: Path, split: Split, scenes: int, seed: int, names: list[str], jobs: int, progress: Callable[[str], None]
+) -> list[Entry]:
+    """Every system of `names` on at least `scenes` scenes that ask for each behaviour, an hour of silence, and memories by age."""
+    for name in names:
+        if name not in (*SYSTEMS, *ABLATIONS):
+            raise ExportError(f"--systems: there is no system '{name}'; choose from {', '.join((*SYSTEMS, *ABLATIONS))}")
+    tick_s = Bundle.open(bundle).config.tick_ms / 1000
+    entries: list[Entry] = []
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (bundle, data, split, seed, names)) as pool:
+        started, done = time.monotonic(), 0
+
+        def play(tasks: list[Task], left: int) -> None:
+            nonlocal done
+            for played in pool.map(_play, tasks):
+                entries.extend(played)
+                done, left = done + 1, left - 1
+                minutes = (time.monotonic() - started) / done * left / 60
+                progress(f"{done} scenes played, about {left} to go, {minutes:.1f} minutes")
+
+        hours = [Task(SILENCE, i, SILENCE_TICKS) for i in range(round(3600 / (SILENCE_TICKS * tick_s) * min(scenes / 50, 1)))]
+        memories = [Task(f"{RECALL}{age}", i, round((age + 3) / tick_s)) for age in AGES_S for i in range(-(-scenes // 2))]
+        count = 0
+        while lacking := _lacking(entries, scenes):
+            groups = ["mixture", *dict.fromkeys(_STAGED_BY.get(behaviour, behaviour) for behaviour in lacking)]
+            tasks = [Task(group, count + i, SCENE_TICKS) for group in groups for i in range(-(-_ROUND // len(groups)))]
+            count += _ROUND
+            play(tasks, len(tasks) + len(hours) + len(memories) + sum(lacking.values()))
+        play(memories, len(memories) + len(hours))
+        play(hours, len(hours))
+    return entries
+
+
+def _lacking(entries: list[Entry], scenes: int) -> dict[str, int]:
+    """How many scenes are still missing that ask for a behaviour, by behaviour; none when there are enough."""
+    asked: dict[str, set[Task]] = defaultdict(set)
+    for entry in entries:
+        for outcome in entry.verdict.outcomes:
+            asked[outcome.trial.behaviour].add(entry.task)
+    names = [behaviour.name for behaviour in BEHAVIOURS if behaviour.name != Free.name] + ["ok", "ask"]
+    return {name: scenes - len(asked[name]) for name in names if len(asked[name]) < scenes}
+
+
+_player: list[Player] = []
+
+
+def _begin(bundle: Path, data: Path, split: Split, seed: int, names: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _player.append(Player(bundle, data, split, seed, names))
+
+
+def _play(task: Task) -> list[Entry]:
+    return _player[0].play(task)
+
+
+class Progress:
+    """Tells how far it is: on a terminal in one line that is replaced, in a log one line a minute."""
+
+    EVERY_S = 60.0
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last_s >= self.EVERY_S:
+            self._last_s = time.monotonic()
+            print(line, file=sys.stderr, flush=True)

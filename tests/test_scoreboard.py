@@ -1,0 +1,278 @@
+"""The scoreboard: what a perfect companion does is all right, everything else is blamed for what it did, systems differ as they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ticks import SMALL
+
+from device.audio import Samples
+from device.config import ModelConfig
+from device.engine import allocate
+from export.distill.behaviours import ACTS, WORDS
+from export.distill.corpus import Corpus
+from export.distill.scenes import Scene, make_scene
+from export.scoreboard import systems
+from export.scoreboard.board import RECALL, SILENCE, stage
+from export.scoreboard.detector import Turn, turns
+from export.scoreboard.play import Reaction, Run, SceneMicrophone, heard_words
+from export.scoreboard.report import markdown, summarise
+from export.scoreboard.score import HIT, MISSED, WRONG, Verdict, judge
+from export.scoreboard.systems import ABLATIONS, TELEPHONE, MaskedEngine, WalkieTalkie
+from export.spoken_words import render_words
+
+CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
+RATE_HZ, TICK_S = 16000, 0.2
+GROUPS = ("mixture", "recite", "timer", "count", "recall", "weave", "listen", "quiet", "nothing", SILENCE, f"{RECALL}5")
+
+
+@pytest.fixture(scope="module")
+def words() -> dict[str, Samples]:
+    return render_words(WORDS)
+
+
+def scene_of(group: str, number: int, corpus: Corpus, words: dict[str, Samples], ticks: int = 96) -> Scene:
+    rng = np.random.default_rng([3, *group.encode(), number])
+    return make_scene(corpus, words, rng, CONFIG, ticks, flawless=True, stage=stage(group))
+
+
+def perfect(scene: Scene) -> Run:
+    """What the oracle does in the scene."""
+    voice = scene.voice[CONFIG.context_samples :]
+    said = [(WORDS[word], (tick + 1) * TICK_S) for tick, word in enumerate(scene.say_now[:, 0]) if word]
+    acts = [Reaction("act", ACTS[act], (tick + 1) * TICK_S, 0.0) for tick, act in enumerate(scene.act_now[:, 0]) if act]
+    heard = heard_words(said, voice, RATE_HZ, scene.world.playout_offset / RATE_HZ)
+    return Run(sorted(acts + heard, key=lambda reaction: reaction.at_s), voice, RATE_HZ)
+
+
+@pytest.fixture(scope="module")
+def played(corpus: Corpus, words: dict[str, Samples]) -> list[tuple[Scene, Run]]:
+    scenes = [scene_of(group, number, corpus, words) for group in GROUPS for number in range(4)]
+    return [(scene, perfect(scene)) for scene in scenes]
+
+
+def test_a_perfect_companion_meets_everything_and_does_nothing_else(played: list[tuple[Scene, Run]]) -> None:
+    asked = set()
+    for scene, run in played:
+        verdict = judge(scene, run)
+        assert [outcome for outcome in verdict.outcomes if outcome.result != HIT] == []
+        assert verdict.false == []
+        assert all(abs(truth - last) == 0 for truth, last in verdict.episodes)
+        asked |= {outcome.trial.behaviour for outcome in verdict.outcomes}
+    assert asked >= {
+        "act",
+        "ok",
+        "show",
+        "recite",
+        "yield",
+        "hold",
+        "timer",
+        "answer",
+        "ask",
+        "listen",
+        "count",
+        "weave",
+        "quiet",
+        "recall",
+    }
+
+
+def test_who_does_nothing_is_silent_and_misses_the_rest(played: list[tuple[Scene, Run]]) -> None:
+    for scene, run in played:
+        verdict = judge(scene, Run([], np.zeros_like(run.voice), RATE_HZ))
+        assert all((outcome.result == HIT) == (outcome.trial.behaviour in ("quiet", "cancel")) for outcome in verdict.outcomes)
+        assert not any(outcome.result == WRONG for outcome in verdict.outcomes)
+
+
+def first_with(behaviour: str, played: list[tuple[Scene, Run]]) -> tuple[Scene, Run]:
+    """A scene in which a trial of that behaviour comes first and was met, with the reaction that met it."""
+    return next(
+        (scene, run) for scene, run in played if any(o.trial.behaviour == behaviour and o.result == HIT for o in judge(scene, run).outcomes)
+    )
+
+
+def outcome_of(behaviour: str, verdict: Verdict) -> list[str]:
+    return [outcome.result for outcome in verdict.outcomes if outcome.trial.behaviour == behaviour]
+
+
+def test_another_word_is_wrong_a_late_one_missed_and_neither_is_false(played: list[tuple[Scene, Run]]) -> None:
+    scene, run = first_with("show", played)
+    trial = next(o.trial for o in judge(scene, run).outcomes if o.trial.behaviour == "show" and o.result == HIT)
+    check = trial.checks[0]
+    place = next(i for i, r in enumerate(run.reactions) if r.value == check.value and check.since_s <= r.at_s <= check.until_s)
+
+    def with_reaction(reaction: Reaction) -> list[str]:
+        others = [r for i, r in enumerate(run.reactions) if i != place]
+        verdict = judge(scene, Run(sorted([*others, reaction], key=lambda r: r.at_s), run.voice, RATE_HZ))
+        assert verdict.false == []
+        return [o.result for o in verdict.outcomes if o.trial is trial]
+
+    said = run.reactions[place]
+    assert with_reaction(said._replace(value="sorry")) == [WRONG]
+    assert with_reaction(said._replace(at_s=check.until_s + 0.05)) == [MISSED]
+    others = [r for i, r in enumerate(run.reactions) if i != place]
+    late = judge(scene, Run(sorted([*others, said._replace(at_s=check.until_s + 0.05)], key=lambda r: r.at_s), run.voice, RATE_HZ))
+    assert next(o.reaction_s for o in late.outcomes if o.trial is trial) == pytest.approx(check.until_s + 0.05 - trial.at_s)
+    twice = judge(scene, Run(sorted([*run.reactions, said._replace(at_s=said.at_s + 0.01)], key=lambda r: r.at_s), run.voice, RATE_HZ))
+    assert [(r.kind, r.value) for r in twice.false] == [("say", check.value)]
+
+
+def test_yield_is_measured_in_the_sound(played: list[tuple[Scene, Run]]) -> None:
+    scene, run = first_with("yield", played)
+    trial = next(o.trial for o in judge(scene, run).outcomes if o.trial.behaviour == "yield")
+    humming = run.voice.copy()
+    start = round(trial.at_s * RATE_HZ)
+    humming[start : start + 2 * RATE_HZ] += 0.1 * np.sin(np.arange(len(humming[start : start + 2 * RATE_HZ])))
+    assert MISSED in outcome_of("yield", judge(scene, Run(run.reactions, humming, RATE_HZ)))
+
+
+def test_a_word_that_nobody_can_hear_was_not_said() -> None:
+    voice = np.zeros(RATE_HZ, np.float32)
+    voice[8000:12000] = 0.1
+    assert heard_words([("one", 0.44), ("two", 0.8)], voice, RATE_HZ, 0.06) == [Reaction("say", "one", 0.5, pytest.approx(0.06))]
+
+
+class Mirror:
+    """A playout that played one click."""
+
+    def heard(self, start: int, out: Samples) -> None:
+        out[...] = 0
+        if start <= 5000 < start + out.size:
+            out[5000 - start] = 1.0
+
+
+def test_the_microphone_hears_the_room_and_the_echo_of_what_was_played(corpus: Corpus, words: dict[str, Samples]) -> None:
+    scene = scene_of("mixture", 0, corpus, words)
+    room, echo = scene.room[CONFIG.context_samples :], scene.world.echo
+    mic = SceneMicrophone(scene, CONFIG.context_samples, Mirror())  # type: ignore[arg-type]
+    heard = np.zeros(16000, np.float32)
+    mic.read(0, heard)
+    expected = room[:16000].copy()
+    expected[5000 : 5000 + len(echo)] += echo[: 16000 - 5000]
+    assert np.allclose(heard, np.clip(expected, -1, 1), atol=1e-5)
+    assert mic.length == len(room)
+
+
+class Recorder:
+    """An engine that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.inputs, self.outputs = allocate(CONFIG)
+        self.seen: dict[str, np.ndarray] = {}
+
+    def run(self) -> None:
+        self.seen = {name: value.copy() for name, value in self.inputs.items()}
+
+
+@pytest.mark.parametrize(("name", "changed"), [
+    ("no video", {"frames", "frame_age"}), ("no own voice", {"voice"}), ("no clock", {"clock"}), ("no text", {"text_in"}),
+    ("one frame", {"frames"}), ("telephone", {"frames", "frame_age", "clock"}),
+])  # fmt: skip
+def test_a_mask_takes_what_it_says_and_nothing_else(name: str, changed: set[str]) -> None:
+    recorder = Recorder()
+    rng = np.random.default_rng(0)
+    for array in recorder.inputs.values():
+        array[...] = rng.integers(1, 9, array.shape)
+    before = {key: value.copy() for key, value in recorder.inputs.items()}
+    MaskedEngine(recorder, CONFIG, TELEPHONE if name == "telephone" else ABLATIONS[name]).run()
+    assert {key for key, value in recorder.seen.items() if not np.array_equal(value, before[key])} == changed
+
+
+class Talker(Recorder):
+    """An engine that says "ok" in the first tick that it is given, and whose voice never stops."""
+
+    def run(self) -> None:
+        first = not self.seen
+        super().run()
+        self.outputs["say"][0] = WORDS.index("ok") if first else 0
+        self.outputs["speech"][...] = 0.1
+
+
+def test_a_walkie_talkie_answers_when_a_turn_is_over_and_is_cut_off_by_the_next(
+    corpus: Corpus, words: dict[str, Samples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = scene_of(SILENCE, 0, corpus, words)
+    monkeypatch.setattr(systems, "turns", lambda _: [Turn(1.0, 1.4, 3.0), Turn(3.6, 3.9, 6.0)])
+    run = WalkieTalkie(CONFIG, Talker()).play(scene, 0)
+    assert [(reaction.value, round(reaction.at_s, 2)) for reaction in run.reactions] == [("ok", 3.06)]
+    sounding = np.flatnonzero(run.voice)
+    assert sounding[0] == round(3.06 * RATE_HZ) and sounding[-1] < 3.9 * RATE_HZ
+
+
+def test_text_that_arrives_while_a_walkie_talkie_is_cut_off_joins_the_next_turn(
+    corpus: Corpus, words: dict[str, Samples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = scene_of(SILENCE, 0, corpus, words)
+    scene.text_in[16, 0] = WORDS.index("last")  # at 3.3 s: it speaks from 3.0 s on, until a voice cuts it off at 3.9 s
+    monkeypatch.setattr(systems, "turns", lambda _: [Turn(1.0, 1.4, 3.0), Turn(3.6, 3.9, 6.0)])
+    engine = Talker()
+    read: list[int] = []
+    run = engine.run
+
+    def listen() -> None:
+        read.extend(int(token) for token in engine.inputs["text_in"] if token)
+        run()
+
+    monkeypatch.setattr(engine, "run", listen)
+    WalkieTalkie(CONFIG, engine).play(scene, 0)
+    assert read == [WORDS.index("last")]
+
+
+def test_the_detector_finds_the_turn_of_a_voice_and_none_in_noise() -> None:
+    from export.espeak import speak
+
+    rng = np.random.default_rng(0)
+    sound = 1e-3 * rng.standard_normal(4 * RATE_HZ).astype(np.float32)
+    assert turns(sound) == []
+    voice = speak("good morning everybody", rate_hz=RATE_HZ)
+    sound[RATE_HZ : RATE_HZ + len(voice)] += voice
+    (turn,) = turns(sound)
+    assert turn.start_s < 1.1 < turn.fired_s + 0.1 < 1.6
+    assert 0.45 < turn.over_s - (1 + len(voice) / RATE_HZ) < 0.9 or turn.over_s > 1.9
+
+
+def taken_aback(scene: Scene, run: Run) -> Run:
+    """Whom every word of others leaves speechless for a while."""
+    ends_s = [word.end_s for word in scene.world.script.words]
+    calm = [reaction for reaction in run.reactions if not any(end_s < reaction.at_s <= end_s + 1.3 for end_s in ends_s)]
+    return Run(calm, run.voice, RATE_HZ)
+
+
+def test_intervals_are_drawn_over_people_and_the_tables_say_it_all(played: list[tuple[Scene, Run]]) -> None:
+    from export.scoreboard.board import Entry, Task
+
+    entries = []
+    for number, (scene, run) in enumerate(played):
+        task = Task("silence" if number % 7 == 6 else "mixture", number, 96)
+        entries.append(Entry("presence", task, 19.2, judge(scene, run, number)))
+        entries.append(Entry("walkie-talkie", task, 19.2, judge(scene, taken_aback(scene, run), number)))
+    summary = summarise(entries)
+    ours, theirs = (summary["systems"][name] for name in ("presence", "walkie-talkie"))
+    assert ours["behaviours"]["act"]["hit"] == ours["behaviours"]["act"]["low"] == 100.0
+    assert theirs["behaviours"]["act"]["hit"] == theirs["behaviours"]["act"]["high"] == 0.0
+    assert ours["rows"]["count, %"] == 100.0
+    assert ours["rows"]["false interruption, %"] == 0.0 and theirs["rows"]["false interruption, %"] == 100.0
+    assert 0 < ours["rows"]["turn-taking latency, s"] < 1.0 and theirs["rows"]["turn-taking latency, s"] is None
+    assert ours["rows"]["silence, per hour"] == 0.0
+    text = markdown(summary, "a heading")
+    assert "| act |" in text and "False interruption: 100 % less than the walkie-talkie." in text
+    json.dumps(summary)
+
+
+def test_an_evaluation_ends_in_a_page(data_root: Path, tmp_path: Path) -> None:
+    """A few scenes with real people, three systems, through the bundle of the shipped checkpoint."""
+    from export.build import build
+    from export.cli import main
+
+    build(Path(__file__).resolve().parents[1] / "export/checkpoints/companion-nano", tmp_path / "bundle")
+    command = ["evaluate", str(tmp_path / "bundle"), "--data", str(data_root), "--split", "dev", "--scenes", "1", "--jobs", "2"]
+    assert main([*command, "--out", str(tmp_path / "board")]) == 0
+    systems = json.loads((tmp_path / "board" / "scoreboard.json").read_text())["systems"]
+    assert list(systems) == ["presence", "telephone", "walkie-talkie"]
+    assert systems["presence"]["behaviours"]["show"]["hit"] > systems["telephone"]["behaviours"]["show"]["hit"]
+    assert (tmp_path / "board" / "three.png").stat().st_size > 10_000
+    assert "| presence | telephone | walkie-talkie |" in (tmp_path / "board" / "scoreboard.md").read_text()
+    assert main([*command, "--systems", "parrot"]) == 2

@@ -1,0 +1,127 @@
+"""Distillation: a teacher's probabilities are what a student can learn from, and training runs in several processes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from ticks import SMALL
+
+from device.config import ModelConfig, TextConfig
+from export.checkpoint import CheckpointError
+from export.distill import train as train_module
+from export.distill.batches import Batches
+from export.distill.behaviours import ACTS, WORDS
+from export.distill.corpus import Corpus
+from export.distill.finish import finish
+from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
+from export.distill.model import TickModel
+from export.distill.recipe import Recipe, Stage
+from export.distill.teacher import HEADS_NAME, Teacher
+from export.distill.voice import Vocoder
+
+CONFIG = dataclasses.replace(SMALL, text=TextConfig(WORDS, ACTS))
+STAGE = Stage(steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
+RECIPE = Recipe("tiny", 1, 12, CONFIG, perception=STAGE, scenes=STAGE, vocoder_minutes=0.01, practice=2, replays=0.5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained teacher of twice the student's width."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = dataclasses.replace(CONFIG, trunk=dataclasses.replace(CONFIG.trunk, width=64, heads=4))
+    torch.manual_seed(0)
+    save_file(Vocoder(config.voice.vocoder_width).state_dict(), folder / "vocoder.safetensors")
+    recipe = dataclasses.replace(RECIPE, model=config)
+    finish(TickModel(config), Auxiliary(config), recipe, folder / "vocoder.safetensors", folder / "teacher")
+    return folder / "teacher"
+
+
+@pytest.mark.parametrize("stage", ["perception", "scenes"])
+def test_a_student_can_learn_what_only_the_teacher_says(stage: str, checkpoint: Path, corpus: Corpus) -> None:
+    teacher = Teacher.read(checkpoint, CONFIG)
+    batch = next(iter(Batches(corpus, RECIPE, stage, [0], teacher=teacher)))
+    soft = {name: batch[name] for name in batch if name.startswith("soft_")}
+    assert set(soft) == ({"soft_word", "soft_hand"} if stage == "perception" else {"soft_say", "soft_act"})
+    for name, value in soft.items():
+        assert torch.allclose(value.sum(-1), torch.ones(()), atol=1e-4)
+        batch[name] = torch.zeros_like(value)
+        batch[name][..., 2] = 1.0  # a teacher that is sure of something no oracle says
+    torch.manual_seed(0)
+    model, heads = TickModel(CONFIG), Auxiliary(CONFIG)
+    target = SpeechTarget(CONFIG)
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=3e-3)
+
+    def share() -> list[float]:
+        with torch.no_grad():
+            student = Teacher(model, heads)
+            now = student.perceives(batch) if stage == "perception" else student.decides(batch)
+            return [value[..., 2].mean().item() for value in now.values()]
+
+    before = share()
+    model.train()
+    for _ in range(30):
+        values = perception_loss(model, heads, batch) if stage == "perception" else scene_loss(model, heads, target, batch)
+        values["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(now > was + 0.1 for was, now in zip(before, share(), strict=True))
+
+
+def test_a_teacher_that_hears_otherwise_or_has_no_heads_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = ModelConfig.from_dict(CONFIG.to_dict() | {"audio": {"level_low": -6.0, "level_high": 1.2}})
+    with pytest.raises(CheckpointError, match="field 'audio' differs"):
+        Teacher.read(checkpoint, other)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=f"{HEADS_NAME}: no such file"):
+        Teacher.read(bare, CONFIG)
+
+
+def test_training_goes_on_from_a_checkpoint(checkpoint: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    none = dataclasses.replace(STAGE, steps=0)
+    recipe = dataclasses.replace(RECIPE, model=Teacher.read(checkpoint, CONFIG).model.config, perception=none, scenes=none)
+    model, _ = train_module.train(recipe, train_module.Source(tmp_path, start=checkpoint), tmp_path / "work", compiled=False)
+    assert all(torch.equal(w, v) for w, v in zip(model.parameters(), Teacher.read(checkpoint, CONFIG).model.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="size mismatch"):
+        train_module.train(
+            dataclasses.replace(recipe, model=CONFIG), train_module.Source(tmp_path, start=checkpoint), tmp_path / "other", compiled=False
+        )
+
+
+PROGRAM = """
+import pickle, sys
+from pathlib import Path
+from export.distill import train as module
+folder = Path(sys.argv[1])
+corpus, recipe = pickle.loads((folder / "training.pickle").read_bytes())
+module.load_corpus = lambda *arguments: corpus
+module.LOG_EVERY = 1
+processes = module.Processes.join()
+model, _ = module.train(recipe, module.Source(folder), folder / "work", compiled=False)
+weights = pickle.dumps([weight.detach().numpy() for weight in model.parameters()])
+(folder / f"weights-{processes.rank}-of-{processes.size}.pickle").write_bytes(weights)
+"""
+
+
+def test_two_processes_train_one_model(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "training.pickle").write_bytes(pickle.dumps((corpus, RECIPE)))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(tmp_path / "program.py"), str(tmp_path)], check=True, timeout=300, capture_output=True)
+    first, second = (pickle.loads((tmp_path / f"weights-{rank}-of-2.pickle").read_bytes()) for rank in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(RECIPE.seed)
+    untrained = TickModel(CONFIG)
+    assert any(not np.array_equal(a, w.detach().numpy()) for a, w in zip(first, untrained.parameters(), strict=True))
+    rows = (tmp_path / "work" / "progress.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["stage", "perception", "perception", "scenes", "scenes"]  # one of them writes
