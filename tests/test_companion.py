@@ -28,12 +28,26 @@ def companion(bundle: Path, folder: Path, mic: str, text: tuple[str, ...] = ()) 
     assert run(["run", "--bundle", str(bundle), "--mic", mic, *files, *(("--text", *text) if text else ()), "--clock", "simulated"]) == 0
 
 
-def test_it_answers_the_demonstration(bundle: Path, tmp_path: Path) -> None:
-    make_scene(tmp_path)
-    companion(bundle, tmp_path, str(tmp_path / SCENE_WAV), tuple((tmp_path / TEXT).read_text().splitlines()))
-    summary = next(line for line in report(tmp_path).splitlines() if "cues answered" in line)
+@pytest.fixture(scope="module")
+def answered(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int, int]:
+    """Of the demonstration: cues answered, cues that call for something, other reactions."""
+    folder = tmp_path_factory.mktemp("demonstration")
+    make_scene(folder)
+    companion(bundle, folder, str(folder / SCENE_WAV), tuple((folder / TEXT).read_text().splitlines()))
+    summary = next(line for line in report(folder).splitlines() if "cues answered" in line)
     hits, wanted, others = (int(word) for word in summary.replace(",", "").split() if word.isdigit() and word != "200")
-    assert hits >= 0.8 * wanted and others <= 4, summary
+    return hits, wanted, others
+
+
+def test_it_answers_most_of_the_demonstration(answered: tuple[int, int, int]) -> None:
+    hits, wanted, others = answered
+    assert hits >= 0.8 * wanted and others <= 4, answered
+
+
+@pytest.mark.xfail(reason="under-trained: 13 of 15 cues and 4 other reactions (model card)")
+def test_it_answers_the_demonstration(answered: tuple[int, int, int]) -> None:
+    hits, wanted, others = answered
+    assert hits >= wanted - 1 and others <= 1, answered
 
 
 Spoken = tuple[list[tuple[float, str]], np.ndarray]

@@ -46,6 +46,12 @@ def write(path: Path, members: dict[str, Any]) -> str:
     return str(path)
 
 
+def half(frames: np.ndarray) -> np.ndarray:
+    """u8[..., H, W, 3] at half size, f64."""
+    *most, height, width, _ = frames.shape
+    return frames.reshape(*most, height // 2, 2, width // 2, 2, 3).mean((-4, -2))
+
+
 def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     soft = {"soft_say": rng.random((48, len(WORDS))).astype(np.float32), "soft_act": rng.random((48, len(ACTS))).astype(np.float32)}
@@ -57,7 +63,10 @@ def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
         if name in ("mic", "voice"):
             assert np.abs(found[name][c:] - value[c:]).max() <= 2 / 32768 and not found[name][:c].any()
         elif name == "frames":
-            assert np.abs(found[name].astype(int) - value).mean() < 8  # JPEG, on noisy pictures with colour at half size
+            # JPEG keeps colour at half size, and grain of the sensor hardly at all.
+            ours, theirs = (half(frames) for frames in (value, found[name]))
+            error = np.abs(theirs - ours).mean()
+            assert error < 4 and error < 0.8 * np.abs(theirs - np.roll(ours, 1, axis=0)).mean()
         elif name.startswith(("soft", "frame_age")):
             assert np.allclose(found[name], value, atol=1e-3)
         else:
