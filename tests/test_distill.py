@@ -35,8 +35,11 @@ def recipe_path(tmp_path: Path) -> Path:
         "seed": 1,
         "ticks": 12,
         "model": model,
-        "perception": {"steps": 2, "batch": 4, "muon_lr": 0.01, "adam_lr": 0.001},
-        "scenes": {"steps": 2, "batch": 2, "muon_lr": 0.01, "adam_lr": 0.001},
+        "stages": [
+            {"learns": "perception", "steps": 2, "batch": 4, "muon_lr": 0.01, "adam_lr": 0.001},
+            {"learns": "scenes", "steps": 2, "batch": 2, "muon_lr": 0.01, "adam_lr": 0.001},
+            {"learns": "scenes", "ticks": 16, "steps": 1, "batch": 1, "muon_lr": 0.01, "adam_lr": 0.001},
+        ],
         "vocoder_minutes": 0.01,
         "practice": 2,
         "replays": 0.5,
@@ -53,6 +56,7 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"model": {"width": 3}}, "unknown config key 'width'"),
         ({"seed": None}, "seed"),
         ({"speed": 1}, "speed"),
+        ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         (None, "not a training recipe"),
     ],
 )
@@ -119,7 +123,8 @@ def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(
     monkeypatch.setattr(train_module, "LOG_EVERY", 1)
     recipe, work = Recipe.read(recipe_path), tmp_path / "work"
     assert recipe.model.text.words == WORDS
-    shorter = dataclasses.replace(recipe, scenes=dataclasses.replace(recipe.scenes, steps=1))
+    words, scenes, _ = recipe.stages
+    shorter = dataclasses.replace(recipe, stages=(words, dataclasses.replace(scenes, steps=1)))
     train(shorter, Source(tmp_path), work, compiled=False)
     assert [(row["stage"], row["step"]) for row in _progress(work)] == [("perception", "1"), ("perception", "2"), ("scenes", "1")]
 
@@ -127,7 +132,7 @@ def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(
     state["stage"] = 1
     torch.save(state, work / "resume.pt")
     model, heads = train(recipe, Source(tmp_path), work, compiled=False)
-    assert [row["stage"] for row in _progress(work)[3:]] == ["scenes", "scenes"]
+    assert [row["stage"] for row in _progress(work)[3:]] == ["scenes"] * 3
     assert all(float(row["loss"]) > 0 for row in _progress(work))
 
     vocoder = tmp_path / "vocoder.safetensors"

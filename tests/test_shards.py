@@ -28,8 +28,8 @@ from export.distill.train import Source, train
 from export.spoken_words import render_words
 
 CONFIG = dataclasses.replace(SMALL, text=TextConfig(WORDS, ACTS))
-NONE = Stage(steps=0, batch=1, muon_lr=0.01, adam_lr=0.001)
-RECIPE = Recipe("tiny", 1, 24, CONFIG, NONE, Stage(steps=2, batch=2, muon_lr=0.01, adam_lr=0.001), 0.01, practice=0, replays=0.0)
+SCENES = Stage("scenes", steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
+RECIPE = Recipe("tiny", 1, 24, CONFIG, (SCENES,), 0.01, practice=0, replays=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def write(path: Path, members: dict[str, Any]) -> str:
     return str(path)
 
 
-def half(frames: np.ndarray) -> np.ndarray:
-    """u8[..., H, W, 3] at half size, f64."""
+def coarse(frames: np.ndarray) -> np.ndarray:
+    """u8[..., H, W, 3] at an eighth of the size, f64."""
     *most, height, width, _ = frames.shape
-    return frames.reshape(*most, height // 2, 2, width // 2, 2, 3).mean((-4, -2))
+    return frames.reshape(*most, height // 8, 8, width // 8, 8, 3).mean((-4, -2))
 
 
 def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
@@ -63,10 +63,10 @@ def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
         if name in ("mic", "voice"):
             assert np.abs(found[name][c:] - value[c:]).max() <= 2 / 32768 and not found[name][:c].any()
         elif name == "frames":
-            # JPEG keeps colour at half size, and grain of the sensor hardly at all.
-            ours, theirs = (half(frames) for frames in (value, found[name]))
+            # JPEG keeps little of the sensor's grain, which in the dark is the better part of a picture.
+            ours, theirs = (coarse(frames) for frames in (value, found[name]))
             error = np.abs(theirs - ours).mean()
-            assert error < 4 and error < 0.8 * np.abs(theirs - np.roll(ours, 1, axis=0)).mean()
+            assert error < 3 and error < 0.6 * np.abs(theirs - np.roll(ours, 1, axis=0)).mean()
         elif name.startswith(("soft", "frame_age")):
             assert np.allclose(found[name], value, atol=1e-3)
         else:

@@ -28,8 +28,8 @@ from export.distill.teacher import HEADS_NAME, Teacher
 from export.distill.voice import Vocoder
 
 CONFIG = dataclasses.replace(SMALL, text=TextConfig(WORDS, ACTS))
-STAGE = Stage(steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
-RECIPE = Recipe("tiny", 1, 12, CONFIG, perception=STAGE, scenes=STAGE, vocoder_minutes=0.01, practice=2, replays=0.5)
+STAGES = PERCEPTION, _ = tuple(Stage(learns, steps=2, batch=2, muon_lr=0.01, adam_lr=0.001) for learns in ("perception", "scenes"))
+RECIPE = Recipe("tiny", 1, 12, CONFIG, STAGES, vocoder_minutes=0.01, practice=2, replays=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "teacher"
 
 
-@pytest.mark.parametrize("stage", ["perception", "scenes"])
-def test_a_student_can_learn_what_only_the_teacher_says(stage: str, checkpoint: Path, corpus: Corpus) -> None:
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.learns)
+def test_a_student_can_learn_what_only_the_teacher_says(stage: Stage, checkpoint: Path, corpus: Corpus) -> None:
     teacher = Teacher.read(checkpoint, CONFIG)
     batch = next(iter(Batches(corpus, RECIPE, stage, [0], teacher=teacher)))
     soft = {name: batch[name] for name in batch if name.startswith("soft_")}
-    assert set(soft) == ({"soft_word", "soft_hand"} if stage == "perception" else {"soft_say", "soft_act"})
+    assert set(soft) == ({"soft_word", "soft_hand"} if stage is PERCEPTION else {"soft_say", "soft_act"})
     for name, value in soft.items():
         assert torch.allclose(value.sum(-1), torch.ones(()), atol=1e-4)
         batch[name] = torch.zeros_like(value)
@@ -62,13 +62,13 @@ def test_a_student_can_learn_what_only_the_teacher_says(stage: str, checkpoint: 
     def share() -> list[float]:
         with torch.no_grad():
             student = Teacher(model, heads)
-            now = student.perceives(batch) if stage == "perception" else student.decides(batch)
+            now = student.perceives(batch) if stage is PERCEPTION else student.decides(batch)
             return [value[..., 2].mean().item() for value in now.values()]
 
     before = share()
     model.train()
     for _ in range(30):
-        values = perception_loss(model, heads, batch) if stage == "perception" else scene_loss(model, heads, target, batch)
+        values = perception_loss(model, heads, batch) if stage is PERCEPTION else scene_loss(model, heads, target, batch)
         values["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,8 +88,7 @@ def test_a_teacher_that_hears_otherwise_or_has_no_heads_is_refused(checkpoint: P
 
 def test_training_goes_on_from_a_checkpoint(checkpoint: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
-    none = dataclasses.replace(STAGE, steps=0)
-    recipe = dataclasses.replace(RECIPE, model=Teacher.read(checkpoint, CONFIG).model.config, perception=none, scenes=none)
+    recipe = dataclasses.replace(RECIPE, model=Teacher.read(checkpoint, CONFIG).model.config, stages=())
     model, _ = train_module.train(recipe, train_module.Source(tmp_path, start=checkpoint), tmp_path / "work", compiled=False)
     assert all(torch.equal(w, v) for w, v in zip(model.parameters(), Teacher.read(checkpoint, CONFIG).model.parameters(), strict=True))
     with pytest.raises(CheckpointError, match="size mismatch"):

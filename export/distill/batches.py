@@ -15,7 +15,7 @@ from device.config import ModelConfig
 from device.positions import clock_features, rope_table
 from export.distill.corpus import Corpus
 from export.distill.model import TickModel
-from export.distill.recipe import Recipe
+from export.distill.recipe import Recipe, Stage
 from export.distill.scenes import Scene, hand_frames, make_scene, replay, word_windows
 from export.distill.shards import endless_scenes
 from export.distill.teacher import Teacher
@@ -37,7 +37,7 @@ class Batches(IterableDataset[Batch]):
         self,
         corpus: Corpus | None,
         recipe: Recipe,
-        stage: str,
+        stage: Stage,
         seed: list[int],
         actor: TickModel | None = None,
         teacher: Teacher | None = None,
@@ -55,9 +55,9 @@ class Batches(IterableDataset[Batch]):
             os.nice(5)
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng([*self.seed, number])
-        if self.stage == "perception":
+        if self.stage.learns == "perception":
             while True:
-                yield self._perception(rng, self.recipe.perception.batch)
+                yield self._perception(rng, self.stage.batch)
         elif self.shards is None:
             while True:
                 yield self._with_practice(self._scenes(rng), rng)
@@ -65,7 +65,7 @@ class Batches(IterableDataset[Batch]):
             first, processes = self.part
             scenes = endless_scenes(self.shards, self.recipe.model, rng, first * workers + number, processes * workers)
             while True:
-                read = [next(scenes) for _ in range(self.recipe.scenes.batch)]
+                read = [next(scenes) for _ in range(self.stage.batch)]
                 yield self._with_practice(self._taught(scene_batch(read, self.recipe.model)), rng)
 
     def _perception(self, rng: np.random.Generator, n: int) -> Batch:
@@ -94,7 +94,7 @@ class Batches(IterableDataset[Batch]):
     def _scenes(self, rng: np.random.Generator) -> Batch:
         c = self.recipe.model
         assert self.corpus is not None
-        made = [make_scene(self.corpus, self.words, rng, c, self.recipe.ticks) for _ in range(self.recipe.scenes.batch)]
+        made = [make_scene(self.corpus, self.words, rng, c, self.stage.ticks or self.recipe.ticks) for _ in range(self.stage.batch)]
         if self.actor is not None:
             made = [self._replayed(scene, rng) if rng.random() < self.recipe.replays else scene for scene in made]
         return self._taught(scene_batch([scene.arrays for scene in made], c))

@@ -459,14 +459,16 @@ class Show:
 class Recall:
     """Text `last`: says the digit of the last hand that it answered once more."""
 
-    name, share = "recall", 0.08
+    name, share = "recall", 0.10
 
     def stage(self, script: Script, at_s: float) -> float:
         rng = script.rng
         if not script.showings or rng.random() < 0.4:
             at_s = script.show(int(rng.integers(10)), at_s, rng.uniform(1.2, 2.5)) + rng.uniform(0.5, 2.0)
-            if rng.random() < 0.6:
-                at_s = Free.fill(script, at_s, rng.uniform(1.0, 4.0), hands=False)
+            if rng.random() < 0.7:
+                at_s = Free.fill(script, at_s, rng.uniform(1.0, 4.0) if rng.random() < 0.5 else rng.uniform(4.0, 12.0), hands=False)
+            script.breaks.append(at_s)
+            at_s += rng.uniform(0.3, 1.0)
         script.deliver(at_s, "last")
         return at_s + 1.2
 
@@ -490,7 +492,7 @@ class Weave:
         over_s = script.talk(at_s, seconds, (0.03, 0.4))
         if over_s <= at_s:
             return at_s
-        word = str(rng.choice(DIGITS)) if rng.random() < 0.75 else str(rng.choice(WORDS[1:]))
+        word = str(rng.choice(DIGITS)) if rng.random() < 0.6 else str(rng.choice(WORDS[1:]))
         quick = rng.random() < 0.2  # nobody is talking
         script.deliver(over_s + rng.uniform(0.6, 1.5) if quick else rng.uniform(at_s + 0.3, max(over_s, at_s + 0.4)), "tell", word)
         return over_s + rng.uniform(1.8, 2.6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from device.config import ConfigError, ModelConfig
 from export.distill.behaviours import ACTS, WORDS
@@ -19,11 +20,17 @@ class RecipeError(ExportError):
 class Stage:
     """One stage: `batch` scenes (or words and as many hands) a step, Muon's and AdamW's learning rates, linear decay at the end."""
 
+    learns: Literal["perception", "scenes"]  # words and hands alone, or all of it
     steps: int
     batch: int
     muon_lr: float
     adam_lr: float
     decay: float = 0.6  # fraction of the steps over which the rates fall to zero
+    ticks: int | None = None  # length of a scene, where it is not the recipe's
+
+    def __post_init__(self) -> None:
+        if self.learns not in ("perception", "scenes"):
+            raise RecipeError(f"the field stages.learns must be 'perception' or 'scenes', not {self.learns!r}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,7 @@ class Recipe:
     seed: int
     ticks: int  # length of a scene
     model: ModelConfig
-    perception: Stage
-    scenes: Stage
+    stages: tuple[Stage, ...]  # one after the other
     vocoder_minutes: float  # on one thread
     practice: int  # words, and as many hands, that are practised along with every step of scenes
     replays: float  # share of the scenes that are played again with the model's own choices in their past
@@ -48,7 +54,7 @@ class Recipe:
         try:
             raw = json.loads(path.read_text())
             model = ModelConfig.from_dict(raw.pop("model") | {"text": {"words": WORDS, "acts": ACTS}})
-            return cls(model=model, perception=Stage(**raw.pop("perception")), scenes=Stage(**raw.pop("scenes")), **raw)
-        except (ConfigError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            return cls(model=model, stages=tuple(Stage(**stage) for stage in raw.pop("stages")), **raw)
+        except (ConfigError, RecipeError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
             raise RecipeError(f"{path}: not a training recipe: {reason}; see export/recipes/companion-nano.json") from error

@@ -34,10 +34,10 @@ class Chance:
 
     lost_ticks, stray_text, session_start, jump = 0.04, 0.10, 0.3, 0.3
     # the companion's own mistakes in the scene's past
-    late, wrong_digit, spurious = 0.12, 0.06, 0.12
+    late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
 
-Stage = Callable[[Script], list[float]]
+Stage = Callable[[Script], None]
 
 
 class World(NamedTuple):
@@ -87,9 +87,9 @@ class Scene:
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray) and name != "room"}
 
 
-def mixture(script: Script) -> list[float]:
-    """Fill the script with behaviours one after the other, by their shares; returns the times between them, in s."""
-    return _one_after_the_other(script, BEHAVIOURS, [behaviour.share for behaviour in BEHAVIOURS])
+def mixture(script: Script) -> None:
+    """Fill the script with behaviours one after the other, by their shares."""
+    _one_after_the_other(script, BEHAVIOURS, [behaviour.share for behaviour in BEHAVIOURS])
 
 
 def only(name: str) -> Stage:
@@ -98,15 +98,14 @@ def only(name: str) -> Stage:
     return lambda script: _one_after_the_other(script, chosen, [3.0 if behaviour.name == name else 1.0 for behaviour in chosen])
 
 
-def _one_after_the_other(script: Script, behaviours: Sequence[Behaviour], weights: Sequence[float]) -> list[float]:
+def _one_after_the_other(script: Script, behaviours: Sequence[Behaviour], weights: Sequence[float]) -> None:
     shares = np.array(weights) / sum(weights)
-    at_s, breaks = float(script.rng.uniform(0.2, 1.5)), []
+    at_s = float(script.rng.uniform(0.2, 1.5))
     while at_s < script.length_s - 1.5:
         behaviour = behaviours[script.rng.choice(len(behaviours), p=shares)]
         # Not at once where the last thing could still be seen or heard.
         at_s = max(behaviour.stage(script, at_s), at_s) + script.rng.uniform(0.3, 1.0)
-        breaks.append(at_s)
-    return breaks
+        script.breaks.append(at_s)
 
 
 def make_scene(
@@ -125,7 +124,7 @@ def make_scene(
     `stage` fills the script.
     """
     script = Script(corpus, rng, c, ticks)
-    breaks = stage(script)
+    stage(script)
     if not flawless and rng.random() < Chance.stray_text:
         _stray_text(script)
     if script.has_camera:
@@ -140,7 +139,7 @@ def make_scene(
         noise=room_noise(corpus, rng, c.context_samples + ticks * c.tick_samples),
         echo=echo_response(rng),
         lost=np.zeros(ticks, bool) if flawless else _lost_ticks(rng, moments, script),
-        jump=(0, 0) if flawless else _jump(rng, breaks, moments, c),
+        jump=(0, 0) if flawless else _jump(rng, script, moments),
         playout_offset=round(RATE_HZ * rng.triangular(0.020, 0.060, 0.120)),
         word_ticks={word: max(round(len(voice_words[word]) / c.tick_samples), 1) for word in voice_words},
         voice_words=voice_words,
@@ -253,12 +252,16 @@ def _lost_ticks(rng: np.random.Generator, moments: list[Moment], script: Script)
     return lost & ~matters
 
 
-def _jump(rng: np.random.Generator, breaks: list[float], moments: list[Moment], c: ModelConfig) -> tuple[int, int]:
+def _jump(rng: np.random.Generator, script: Script, moments: list[Moment]) -> tuple[int, int]:
     """Sometimes time passes between two things of which nothing is left: so that long memory is learned from short scenes."""
-    calm = [tick for tick in (round(at_s * 1000 / c.tick_ms) for at_s in breaks) if 0 < tick < len(moments) and moments[tick].talk_s == 0]
+    breaks = (round(at_s / script.tick_s) for at_s in script.breaks)
+    calm = [tick for tick in breaks if 0 < tick < len(moments) and moments[tick].talk_s == 0]
     if not calm or rng.random() >= Chance.jump:
         return 0, 0
-    return int(rng.choice(calm)), int(rng.integers(10, max(c.trunk.present_window - len(moments), 11)))
+    # Above all before the text that asks what was long ago.
+    weights = np.array([5.0 if any("last" in moment.text for moment in moments[tick : tick + 8]) else 1.0 for tick in calm])
+    longest = script.config.trunk.present_window - len(moments)
+    return int(rng.choice(calm, p=weights / weights.sum())), int(rng.integers(10, max(longest, 11)))
 
 
 # ---- the companion's past -------------------------------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ class _Past:
     def _too_much(self, tick: int) -> tuple[str, str]:
         """One word or act too many."""
         assert self._rng is not None
-        if self._rng.random() < 0.5:
+        if self._rng.random() < 0.7:  # also the only chance to practise the words that are seldom told
             self.say_weight[tick] = 0
             return str(self._rng.choice(WORDS[1:])), "none"
         self.act_weight[tick] = 0

@@ -80,6 +80,7 @@ class Script:
         self.words: list[Spoken] = []
         self.showings: list[Showing] = []
         self.deliveries: list[Delivery] = []
+        self.breaks: list[float] = []  # times between two things, in s, at which much more time could pass
         self._room, self._level_db = random_room(rng), rng.uniform(-37, -17)
         self._overdriven = rng.random() < Chance.overdriven
         kind = rng.random()

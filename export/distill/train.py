@@ -27,7 +27,6 @@ RESUME_EVERY_S = 120.0
 LOG_EVERY = 25  # steps; the dev people are looked at every fourth time
 HELD_OUT_BATCHES = 4
 EMA = 0.998
-STAGES = ("perception", "scenes")
 
 Loss = Callable[[Batch], dict[str, Tensor]]
 
@@ -134,9 +133,9 @@ class Trainer:
             self.people, self.dev = load_corpus(source.data, "train", work / "voices"), load_corpus(source.data, "dev")
             if processes.first:
                 processes.wait()
-        elif recipe.perception.steps or recipe.practice or source.shards is None:
-            asked = f"{recipe.name}: the fields perception.steps and practice ask for recordings"
-            raise RecipeError(f"{asked}; give --data, or set both to 0 and give --scenes")
+        elif recipe.practice or source.shards is None or any(stage.learns == "perception" and stage.steps for stage in recipe.stages):
+            asked = f"{recipe.name}: the stages of perception and the field practice ask for recordings"
+            raise RecipeError(f"{asked}; give --data, or set their steps and practice to 0 and give --scenes")
         torch.manual_seed(recipe.seed)
         self.model, self.heads = TickModel(recipe.model), Auxiliary(recipe.model)
         if source.start is not None:
@@ -161,8 +160,8 @@ class Trainer:
         if "modules" in saved:
             self.modules.load_state_dict(saved["modules"])
         self.processes.wait()  # until all have read it
-        for number in range(saved["stage"], len(STAGES)):
-            optimizer = Optimizer(self.modules, getattr(self.recipe, STAGES[number]))
+        for number in range(saved["stage"], len(self.recipe.stages)):
+            optimizer = Optimizer(self.modules, self.recipe.stages[number])
             if number == saved["stage"] and "optimizer" in saved:
                 optimizer.load(saved["optimizer"])
             self._run_stage(number, optimizer)
@@ -170,23 +169,24 @@ class Trainer:
             self._save({"stage": number + 1})
 
     def _run_stage(self, number: int, optimizer: Optimizer) -> None:
-        if optimizer.stage.steps == 0:
+        stage = optimizer.stage
+        if stage.steps == 0:
             return
-        name, device, cpu = STAGES[number], self.processes.device, self.processes.device.type == "cpu"
-        seed = self.recipe.seed * 1000 + number * 100 + optimizer.step  # a resumed run goes on with fresh scenes
+        name, device, cpu = stage.learns, self.processes.device, self.processes.device.type == "cpu"
+        seed = (self.recipe.seed * 100 + number) * 100_000 + optimizer.step  # a resumed run goes on with fresh scenes
         torch.manual_seed(seed + self.processes.rank)
         part = (self.processes.rank, self.processes.size)
-        source = Batches(self.people, self.recipe, name, [seed, part[0]], self.actor, self.teacher, self.shards, part)
+        source = Batches(self.people, self.recipe, stage, [seed, part[0]], self.actor, self.teacher, self.shards, part)
         workers = 1 if cpu else max((os.cpu_count() or 2) - 1, 1)
         batches = iter(DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=6))
         held_out: list[Batch] = []
         if self.log and self.dev is not None:
-            dev_batches = iter(Batches(self.dev, self.recipe, name, [1]))
+            dev_batches = iter(Batches(self.dev, self.recipe, stage, [1]))
             held_out = [_moved(next(dev_batches), device) for _ in range(HELD_OUT_BATCHES)]
         loss = torch.compile(self.losses[name]) if self.compiled else self.losses[name]
         first, started = optimizer.step, time.monotonic()
         saved, logged, sums = started, first, dict.fromkeys(_Log.LOSSES, 0.0)
-        while optimizer.step < optimizer.stage.steps:
+        while optimizer.step < stage.steps:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
             with torch.autocast(device.type, torch.bfloat16):
@@ -198,7 +198,7 @@ class Trainer:
                 sums[key] += value.item()
             now, step = time.monotonic(), optimizer.step
             if step % LOG_EVERY == 0:
-                left_s = (now - started) / (step - first) * (optimizer.stage.steps - step)
+                left_s = (now - started) / (step - first) * (stage.steps - step)
                 row = {"stage": name, "step": step, "minutes": round((now - started) / 60, 2), "left_minutes": round(left_s / 60, 1)}
                 row |= {key: round(sums[key] / (step - logged), 4) for key in values}  # fewer than LOG_EVERY after a resumption
                 if held_out and step % (4 * LOG_EVERY) == 0:

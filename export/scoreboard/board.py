@@ -96,7 +96,7 @@ def stage(group: str) -> Stage:
     return mixture if group == "mixture" else only(group)
 
 
-def bystanders(script: Script) -> list[float]:
+def bystanders(script: Script) -> None:
     """Rooms with other people talking, things that are no hands, and nothing that calls for more than a nod."""
     rng, at_s = script.rng, float(script.rng.uniform(0.2, 1.5))
     while at_s < script.length_s - 1.0:
@@ -108,28 +108,25 @@ def bystanders(script: Script) -> list[float]:
         if kind > 0.7:
             script.show(None, at_s, rng.uniform(0.8, 3.0))
         at_s += rng.uniform(0.2, 2.5)
-    return []
 
 
-def doubts(script: Script) -> list[float]:
+def doubts(script: Script) -> None:
     """Hand signs, and a "no" soon after most of the answers."""
     rng, at_s = script.rng, float(script.rng.uniform(0.3, 1.0))
     while at_s < script.length_s - 2.5:
         over_s = script.show(int(rng.integers(len(DIGITS))), at_s, rng.uniform(1.0, 2.0))
         at_s = max(script.say("no" if rng.random() < 0.8 else "yes", at_s + rng.uniform(1.2, 3.0)), over_s) + rng.uniform(0.5, 1.5)
-    return []
 
 
-def recall_after(script: Script, age_s: float) -> list[float]:
+def recall_after(script: Script, age_s: float) -> None:
     """A hand sign, then words and no hands for so long, then the question what it was."""
     shown_s = float(script.rng.uniform(0.4, 1.0))
     over_s = script.show(int(script.rng.integers(len(DIGITS))), shown_s, script.rng.uniform(1.4, 2.2))
     Free.fill(script, over_s + 0.5, max(age_s - 3.0, 1.0), hands=False)
     script.deliver(shown_s + age_s, "last")
-    return []
 
 
-def showcase(script: Script) -> list[float]:
+def showcase(script: Script) -> None:
     """Twenty seconds with a bit of everything, for the picture."""
     rng = script.rng
     script.show(int(rng.integers(1, 10)), 0.5, 1.6)
@@ -141,7 +138,6 @@ def showcase(script: Script) -> list[float]:
     script.deliver(10.2, "tell", "five")
     script.show(2, 14.4, 2.6)
     script.say("go", 15.7)
-    return []
 
 
 def run(
