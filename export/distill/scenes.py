@@ -32,7 +32,7 @@ from export.distill.sounds import (
 class Chance:
     """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
-    lost_ticks, stray_text, session_start, jump = 0.04, 0.10, 0.3, 0.3
+    lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.35, 0.3, 0.3
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
@@ -125,7 +125,7 @@ def make_scene(
     """
     script = Script(corpus, rng, c, ticks)
     stage(script)
-    if not flawless and rng.random() < Chance.stray_text:
+    if not flawless:
         _stray_text(script)
     if script.has_camera:
         frames, age, hand_label, whole = camera_pictures(corpus, rng, ticks, c, script.showings, script.freeze)
@@ -229,10 +229,15 @@ def hand_frames(corpus: Corpus, rng: np.random.Generator, n: int, c: ModelConfig
 
 
 def _stray_text(script: Script) -> None:
-    """Words that mean nothing here by themselves."""
-    words = [word for word in WORDS[1:] if word not in ("count", "show", "quiet", "talk", "tell", "last")]
-    for at_s in script.rng.uniform(0, script.length_s, script.rng.integers(1, 4)):
-        script.deliver(float(at_s), *(str(word) for word in script.rng.choice(words, script.rng.integers(1, 4))))
+    """Words that mean nothing here by themselves, and any word to tell at any time."""
+    rng = script.rng
+    if rng.random() < Chance.stray_text:
+        words = [word for word in WORDS[1:] if word not in ("count", "show", "quiet", "talk", "tell", "last")]
+        for at_s in rng.uniform(0, script.length_s, rng.integers(1, 4)):
+            script.deliver(float(at_s), *(str(word) for word in rng.choice(words, rng.integers(1, 4))))
+    if rng.random() < Chance.told:
+        for at_s in rng.uniform(0, script.length_s, rng.integers(1, 3)):
+            script.deliver(float(at_s), "tell", str(rng.choice(WORDS[1:])))
 
 
 def _lost_ticks(rng: np.random.Generator, moments: list[Moment], script: Script) -> np.ndarray:

@@ -20,7 +20,7 @@ class Chance:
     """The probabilities that shape the sound of a scene."""
 
     # what is heard
-    babble, no_echo = 0.18, 0.2
+    babble, no_echo, gated = 0.18, 0.2, 0.05
     # one spoken word: with what is left over it is one of "others"
     command, mangled = 0.75, 0.05
     reshaped_word, reshaped_other = 0.45, 0.35
@@ -59,7 +59,9 @@ def room_sound(placed: Iterable[Placed], echo: np.ndarray, noise: np.ndarray) ->
 
 
 def room_noise(corpus: Corpus, rng: np.random.Generator, samples: int) -> np.ndarray:
-    """Noise, sometimes with other people talking far away: f32[samples] at 16 kHz."""
+    """Noise, sometimes with other people talking far away; none where a microphone's gate keeps it out: f32[samples] at 16 kHz."""
+    if rng.random() < Chance.gated:
+        return np.zeros(samples, np.float32)
     noise = background_noise(corpus, rng, samples)
     if rng.random() < Chance.babble:
         _add_babble(noise, corpus, rng)

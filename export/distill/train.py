@@ -183,7 +183,7 @@ class Trainer:
         if self.log and self.dev is not None:
             dev_batches = iter(Batches(self.dev, self.recipe, stage, [1]))
             held_out = [_moved(next(dev_batches), device) for _ in range(HELD_OUT_BATCHES)]
-        loss = torch.compile(self.losses[name]) if self.compiled else self.losses[name]
+        loss = torch.compile(self.losses[name], dynamic=False) if self.compiled else self.losses[name]
         first, started = optimizer.step, time.monotonic()
         saved, logged, sums = started, first, dict.fromkeys(_Log.LOSSES, 0.0)
         while optimizer.step < stage.steps:
