@@ -134,6 +134,12 @@ def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
         config = ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
     except (json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+    require_buildable(file, config)
+    return config
+
+
+def require_buildable(file: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError, naming `file`, if the graph's fixed matrices are not made for this configuration."""
     # What the graph's fixed matrices are made for; anything else would be ignored or break later.
     fixed = {
         "audio.sample_rate_hz": (config.audio.sample_rate_hz, voice_tables.RATE_HZ),
@@ -149,7 +155,6 @@ def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
         split_dft(config.audio.window_samples)
     except ValueError as error:
         raise CheckpointError(f"{file}: config field 'audio.window_samples': {error}; train with that") from error
-    return config
 
 
 def _check_weights(file: Path, c: ModelConfig, weights: dict[str, NDArray[np.generic]]) -> None:

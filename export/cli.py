@@ -96,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     timeline.add_argument("folder", type=Path, help="folder with the scene, out.wav and events.jsonl")
     timeline.set_defaults(run=_timeline)
 
+    plan = commands.add_parser("plan", help="what a model would cost on each board, before anything is trained or built")
+    plan.add_argument("model", type=Path, help="checkpoint folder, recipe or configuration (JSON)")
+    what = plan.add_mutually_exclusive_group(required=True)
+    what.add_argument("--target", metavar="NAME", help="a board of export/targets.toml, or all")
+    what.add_argument(
+        "--validate", action="store_true", help="measure ticks of six sizes on this machine instead, beside their predictions"
+    )
+    plan.add_argument("--precision", help="only this one (default: all that the board runs)")
+    plan.add_argument("--out", type=Path, metavar="PICTURE", help="also draw it (.png, .svg, .pdf)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    plan.set_defaults(run=_plan)
+
     bench = commands.add_parser("bench", help="print the table of engine, loop, start-up, memory and timer figures")
     bench.add_argument("bundle", type=Path)
     bench.add_argument("--repeats", type=int, default=5)
@@ -177,6 +189,22 @@ def _timeline(a: argparse.Namespace) -> None:
 
     draw_timeline(a.folder)
     print(report(a.folder))
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from export.plan import PlanError, draw, make_plan, read_model
+
+    if a.validate:
+        if a.precision or a.out or a.json:
+            raise PlanError("--validate prints its own table of this machine in float32; leave out --precision, --out and --json")
+        from export.validate import validate
+
+        print(validate(read_model(a.model)[1]))
+        return
+    plan = make_plan(a.model, a.target, a.precision)
+    print(plan.to_json() if a.json else plan)
+    if a.out:
+        draw(plan, a.out)
 
 
 def _bench(a: argparse.Namespace) -> None:

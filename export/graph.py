@@ -128,6 +128,13 @@ class TickGraph(GraphBuilder):
         return self.model()
 
     def model(self) -> onnx.ModelProto:
+        model = self.assemble()
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def assemble(self) -> onnx.ModelProto:
+        """The nodes as a model, unchecked."""
+
         def info(name: str, dtype: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
             return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
 
@@ -138,9 +145,7 @@ class TickGraph(GraphBuilder):
             [info(t.name, t.dtype, t.shape) for t in self.table if not t.enters],
             list(self.initializers.values()),
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="copresence")
-        onnx.checker.check_model(model, full_check=True)
-        return model
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="copresence")
 
     def output(self, name: str, value: str) -> None:
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"out/{name}"))
