@@ -111,8 +111,9 @@ class TrustedKeys:
     @classmethod
     def read(cls, folder: str | Path | None = None) -> TrustedKeys:
         """The keys in `folder`, or in this machine's; raises KeyFileError."""
-        named = folder or os.environ.get(KEYS_VARIABLE)
-        path = Path(named or KEYS_FOLDER)
+        # An option that is there but empty, as from an unset variable, names the working folder and so ends in an error.
+        named = folder is not None or bool(os.environ.get(KEYS_VARIABLE))
+        path = Path(folder if folder is not None else os.environ.get(KEYS_VARIABLE) or KEYS_FOLDER)
         try:
             files = sorted(path.iterdir())
         except FileNotFoundError as error:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, VOCABULARY_NAME, Bundle
+from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, VOCABULARY_NAME, Bundle, NotABundle
 from device.engine import Engine, OnnxRuntimeEngine
 from device.session import Rings
 from device.tensors import tensor_table
@@ -143,7 +143,15 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def show(bundle: Bundle) -> str:
-    """The bundle as a person wants to read it."""
+    """The bundle as a person wants to read it; raises NotABundle for a manifest that lacks what the exporter writes."""
+    try:
+        return _show(bundle)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
+        raise NotABundle(f"{bundle.path / MANIFEST_NAME} cannot be shown: {reason}; export the bundle again") from error
+
+
+def _show(bundle: Bundle) -> str:
     manifest, config = bundle.manifest, bundle.config
     trunk = config.trunk
     signed = f"by key {bundle.key} as version {bundle.version}, not checked here" if bundle.key else "no"
