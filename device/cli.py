@@ -26,6 +26,7 @@ from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Loop, NoActuator, TextQueue
 from device.session import Session
+from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
 
@@ -40,12 +41,26 @@ class UsageError(ValueError):
     """Arguments that do not go together; the text says what to give instead."""
 
 
+# Anything else is a defect and keeps its traceback.
+USER_ERRORS = (
+    UsageError,
+    BundleError,
+    KeyFileError,
+    VersionMemoryError,
+    ConfigError,
+    TensorMismatch,
+    SourceError,
+    AudioDeviceError,
+    OSError,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program `copresence`; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except (UsageError, BundleError, ConfigError, TensorMismatch, SourceError, AudioDeviceError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
 
@@ -86,6 +101,17 @@ def _parser() -> argparse.ArgumentParser:
         help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
     )
     run.add_argument("--seconds", type=float, metavar="N", help="end after so long")
+    run.add_argument(
+        "--keys",
+        metavar="FOLDER",
+        help=f"public keys; with one there, only bundles signed by it run (default: ${KEYS_VARIABLE}, {KEYS_FOLDER})",
+    )
+    run.add_argument(
+        "--state",
+        metavar="FOLDER",
+        help=f"where the version of the signed bundle that ran last is kept (default: ${STATE_VARIABLE}, {STATE_FOLDER})",
+    )
+    run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
     return parser
 
 
@@ -96,7 +122,8 @@ def _natural(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    bundle = Bundle.open(arguments.bundle)
+    trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
+    bundle = Bundle.open(arguments.bundle, trust)
     config, realtime = bundle.config, arguments.clock == "realtime"
     rate_hz, tick_ns = config.audio.sample_rate_hz, config.tick_ms * 1_000_000
     _check_arguments(arguments)
@@ -107,6 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
         session = Session(config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed)
+        if trust:
+            trust.memory.remember(bundle.version, bundle.path)
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
@@ -223,6 +252,9 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "onnxruntime": importlib.metadata.version("onnxruntime"),
         "bundle": bundle.name,
         "bundle_sha256": bundle.digest,
+        "bundle_version": bundle.version,
+        "signature": bundle.signature,
+        "signed_by": bundle.signed_by,
         "config": bundle.config.to_dict(),
         "seed": arguments.seed,
         "clock": arguments.clock,

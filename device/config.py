@@ -7,11 +7,19 @@ window and vocabulary are properties of the artefact and never constants in code
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
+import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+# Beyond any model for a board, and small enough that a size read from a file can neither hang nor exhaust who computes with it.
+LARGEST_SIZE = 1 << 20
+MOST_LAYERS = 1 << 10
 
 
 class ConfigError(ValueError):
@@ -97,6 +105,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         a, v, t, k, s = self.audio, self.video, self.text, self.trunk, self.voice
+        for name, value in _numbers(self):
+            size = isinstance(value, int)
+            _require(not size or 0 < value <= LARGEST_SIZE, name, f"from 1 to {LARGEST_SIZE}")
+            _require(size or math.isfinite(value), name, "a finite number")
+        _require(max(k.perceive_layers, k.present_layers, s.flow_blocks, s.flow_steps) <= MOST_LAYERS, "layers", f"{MOST_LAYERS} at most")
+        _require(min(*k.clock_periods_s, *k.rope_wavelengths_ticks) > 0, "trunk.clock_periods_s/rope_wavelengths_ticks", "above 0")
         _require(self.tick_ms > 0 and self.tick_ms * a.sample_rate_hz % 1000 == 0, "tick_ms", "a whole number of samples")
         _require(self.tick_samples % a.hop_samples == 0, "audio.hop_samples", "a divisor of the tick's samples")
         _require(a.window_samples == 2 * a.hop_samples, "audio.window_samples", "twice audio.hop_samples")
@@ -110,7 +124,6 @@ class ModelConfig:
         _require(len(set(t.words)) == len(t.words) and len(set(t.acts)) == len(t.acts), "text", "free of duplicates")
         _require(k.width % k.heads == 0 and (k.width // k.heads) % 2 == 0, "trunk.heads", "an even width per head")
         _require(t.text_in <= k.summary_tokens and t.say < k.summary_tokens, "trunk.summary_tokens", "enough for text and say")
-        _require(min(k.perceive_layers, k.present_layers, k.perceive_window, k.present_window) > 0, "trunk", "positive")
         _require(self.tick_samples % (s.hop_samples * k.summary_tokens) == 0, "voice.hop_samples", "a divisor of a token's samples")
 
     @property
@@ -169,6 +182,16 @@ def _require(ok: bool, name: str, wanted: str) -> None:
         raise ConfigError(f"config field '{name}' must be {wanted}; correct the configuration and export again")
 
 
+def _numbers(section: Any, path: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number of a configuration with its name."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{path}{f.name}.")
+        else:
+            yield from ((f"{path}{f.name}", v) for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float)))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -181,8 +204,9 @@ def _build(cls: type[_T], values: Any, path: str) -> _T:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
+        first = reprlib.repr(unknown[0])[1:-1]
         raise ConfigError(
-            f"unknown config key '{path}{unknown[0]}'; known here: {', '.join(hints)}. Remove it, or use a copresence that knows it"
+            f"unknown config key '{path}{first}'; known here: {', '.join(hints)}. Remove it, or use a copresence that knows it"
         )
     return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
 
@@ -193,10 +217,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
         if not isinstance(value, (list, tuple)) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise ConfigError(f"config field '{path}' must be a list, not {value!r}")
+            raise ConfigError(f"config field '{path}' must be a list, not {reprlib.repr(value)}")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if hint is float and type(value) in (int, float):
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"config field '{path}' must be of type {hint.__name__}, not {value!r}")
+        raise ConfigError(f"config field '{path}' must be of type {hint.__name__}, not {reprlib.repr(value)}")
+    if hint is str and not value.isprintable():
+        raise ConfigError(f"config field '{path}' must be printable text, not {reprlib.repr(value)}")
     return value

@@ -50,18 +50,22 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
             session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            inputs, outputs = _signatures(session.get_inputs()), _signatures(session.get_outputs())  # whose names may not be UTF-8
         except Exception as error:  # ONNX Runtime's own types are private
             raise TensorMismatch(f"{graph} is not a graph that ONNX Runtime can load: {error}; export the bundle again") from error
         rows = tensor_table(config)
-        require_tensors(_signatures(session.get_inputs()), (r for r in rows if r.enters), f"{graph}, inputs")
-        require_tensors(_signatures(session.get_outputs()), (r for r in rows if not r.enters), f"{graph}, outputs")
+        require_tensors(inputs, (r for r in rows if r.enters), f"{graph}, inputs")
+        require_tensors(outputs, (r for r in rows if not r.enters), f"{graph}, outputs")
         self.inputs, self.outputs = allocate(config)
         self._session, self._binding = session, session.io_binding()
         for name, array in self.inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in self.outputs.items():
             self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self.run()  # the first run allocates; the first tick must not
+        try:
+            self.run()  # the first run allocates; the first tick must not
+        except Exception as error:  # such as a node that asks for more memory than there is
+            raise TensorMismatch(f"{graph} is not a graph that ONNX Runtime can run: {error}; export the bundle again") from error
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, VOCABULARY_NAME, Bundle
+from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, VOCABULARY_NAME, Bundle, NotABundle
 from device.engine import Engine, OnnxRuntimeEngine
 from device.session import Rings
 from device.tensors import tensor_table
@@ -55,7 +55,7 @@ def build(checkpoint_path: Path, out: Path) -> dict[str, float]:
 
 
 def _write(checkpoint: Checkpoint, model: onnx.ModelProto, out: Path) -> dict[str, float]:
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         onnx.save(model, folder / GRAPH_NAME)
         text = checkpoint.config.text
         (folder / VOCABULARY_NAME).write_text(json.dumps({"words": text.words, "acts": text.acts}, indent=1) + "\n")
@@ -115,7 +115,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, parity: dict[str, float]) ->
 
 
 @contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -143,9 +143,18 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def show(bundle: Bundle) -> str:
-    """The bundle as a person wants to read it."""
+    """The bundle as a person wants to read it; raises NotABundle for a manifest that lacks what the exporter writes."""
+    try:
+        return _show(bundle)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
+        raise NotABundle(f"{bundle.path / MANIFEST_NAME} cannot be shown: {reason}; export the bundle again") from error
+
+
+def _show(bundle: Bundle) -> str:
     manifest, config = bundle.manifest, bundle.config
     trunk = config.trunk
+    signed = f"by key {bundle.key} as version {bundle.version}, not checked here" if bundle.key else "no"
     lines = [
         f"{manifest['name']}: a bundle of format {manifest['format']}, digest {bundle.digest[:16]}",
         f"  tick      {config.tick_ms} ms, {config.tick_samples} samples, {config.tokens} tokens "
@@ -157,6 +166,7 @@ def show(bundle: Bundle) -> str:
         f"  built     {', '.join(f'{name} {version}' for name, version in manifest['tools'].items())}",
         f"  proof     {manifest['parity']['reference_ticks']} reference ticks, largest relative error "
         + ", ".join(f"{name} {error:.1e}" for name, error in manifest["parity"]["relative_error"].items()),
+        f"  signed    {signed}",
         "  files",
         *(f"    {name:16} {entry['bytes']:>12,} bytes  sha256 {entry['sha256'][:16]}…" for name, entry in manifest["files"].items()),
         "  tensors",

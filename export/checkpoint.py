@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from device.config import ConfigError, ModelConfig
+from device.config import ModelConfig
 from device.tensors import tensor_table
 from export import voice_tables
 from export.constants import HMLP_FOLDS
@@ -124,7 +124,10 @@ def _open(file: Path) -> tuple[list[str], dict[str, str]]:
 def _read(file: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
     names, metadata = _open(file)
     with safe_open(file, framework="numpy") as f:
-        return {name: f.get_tensor(name) for name in names}, metadata
+        try:
+            return {name: f.get_tensor(name) for name in names}, metadata
+        except (SafetensorError, TypeError, AttributeError, ValueError) as error:  # a type that NumPy lacks, such as bfloat16
+            raise CheckpointError(f"{file}: holds a tensor that cannot be read ({error}); save all as float32 or float16") from error
 
 
 def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
@@ -132,7 +135,8 @@ def _config(file: Path, metadata: dict[str, str]) -> ModelConfig:
         raise CheckpointError(f"{file}: its metadata have no '{_CONFIG_KEY}'; save the checkpoint with write_checkpoint")
     try:
         config = ModelConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
-    except (json.JSONDecodeError, ConfigError) as error:
+    # ConfigError, text that is no JSON, numbers of thousands of digits; thousands of brackets.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     require_buildable(file, config)
     return config
@@ -177,7 +181,7 @@ def _check_weights(file: Path, c: ModelConfig, weights: dict[str, NDArray[np.gen
 def _check_reference(file: Path, c: ModelConfig, reference: dict[str, NDArray[np.generic]]) -> None:
     # State is not stored: it follows from the empty memory that the ticks begin with.
     wanted = {t.name: t for t in tensor_table(c) if t.role in ("input", "output")}
-    ticks = len(reference["mic"]) if "mic" in reference else 0
+    ticks = len(reference["mic"]) if "mic" in reference and reference["mic"].ndim else 0
     for name, row in wanted.items():
         if name not in reference:
             raise CheckpointError(f"{file}: reference tensor '{name}' is missing; write the reference again")

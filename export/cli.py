@@ -11,11 +11,12 @@ from pathlib import Path
 
 from device.bundle import BundleError
 from device.config import ConfigError
+from device.signature import KeyFileError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
 
 # Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ExportError, BundleError, ConfigError, TensorMismatch, OSError)
+USER_ERRORS = (ExportError, BundleError, KeyFileError, ConfigError, TensorMismatch, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="print a bundle readably, after checking it")
     show.add_argument("bundle", type=Path)
     show.set_defaults(run=_show)
+
+    keygen = commands.add_parser("keygen", help="make a pair of keys: the private one signs bundles, boards trust the public one")
+    keygen.add_argument("--out", type=Path, required=True, metavar="NAME.key", help="private key to write; NAME.pub is written beside it")
+    keygen.set_defaults(run=_keygen)
+
+    sign = commands.add_parser("sign", help="sign a bundle, so that boards which trust the key run it")
+    sign.add_argument("bundle", type=Path)
+    sign.add_argument("--key", type=Path, required=True, metavar="NAME.key", help="private key that `keygen` wrote")
+    sign.add_argument(
+        "--version", type=int, metavar="N", help="of this release; a board refuses a lower one than its last (default: seconds since 1970)"
+    )
+    sign.set_defaults(run=_sign)
 
     features = commands.add_parser("features", help="dMel levels of a sound file, u8[frames, 80]")
     features.add_argument("sound", type=Path, metavar="IN.wav", help="any rate and channels")
@@ -130,6 +143,20 @@ def _show(a: argparse.Namespace) -> None:
     from export.build import show
 
     print(show(Bundle.open(a.bundle)))
+
+
+def _keygen(a: argparse.Namespace) -> None:
+    from export.sign import keygen
+
+    public, key = keygen(a.out)
+    print(f"{a.out}: private key, keep it secret and safe; {public}: public key {key}, put it into /etc/copresence/keys of every board")
+
+
+def _sign(a: argparse.Namespace) -> None:
+    from export.sign import sign
+
+    version, key = sign(a.bundle, a.key, a.version)
+    print(f"{a.bundle}: signed by key {key} as version {version}")
 
 
 def _features(a: argparse.Namespace) -> None:
