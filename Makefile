@@ -46,8 +46,9 @@ lint: $(VENV)/.setup ## ruff, mypy, the import rule, and cppcheck for the firmwa
 	$(FIRMWARE) lint
 
 .PHONY: bench
-bench: $(VENV)/.setup bundle ## measure the tick on this machine, as a table
-	$(BIN)/copresence-export bench $(BUNDLE)
+bench: $(VENV)/.setup bundle firmware ## measure the tick on this machine, and the bridge in QEMU, as tables
+	$(BIN)/copresence-export bench $(BUNDLE) --firmware build/firmware/bridge-qemu.elf
+	$(BIN)/python -m firmware_bridge.bench build/firmware/bridge-qemu.elf
 
 .PHONY: firmware
 firmware: ## build the microcontroller's firmware, and show how large it is

@@ -39,7 +39,7 @@ ASK_AFTER_NS = 100_000_000  # an act whose report is missing so long after its t
 LOST_AFTER_NS = 3_000_000_000  # and counted as lost after so long
 ANSWER_NS = 150_000_000  # an answer that has not come by then was lost; it is asked for again
 ANSWER_TRIES = 8
-SILENCE_NS = 800_000_000  # four ticks without a byte: nobody is there any more
+SILENCE_NS = 1_200_000_000  # six ticks without a frame: nobody is there any more
 TIMEOUTS_MAX = 6
 CLOCK_PERIOD_NS = 983_900_000  # not a divisor of anything else's period, so that it meets all of their phases
 HEALTH_PERIOD_NS = 5_000_000_000
@@ -119,6 +119,7 @@ class Bridge:
         self._may_arm = True  # the next heartbeat may
         self._next_id = int.from_bytes(os.urandom(2), "little")  # not those of a session before
         self._acts: dict[int, _Act] = {}
+        self._beat_ns = 0  # of the heartbeat that waits to be sent; 0: none
         self._thread = threading.Thread(target=self._run, name="bridge", daemon=True)
         self._serial: Any = None
         self._new_session()
@@ -152,6 +153,11 @@ class Bridge:
         return self._connected.is_set()
 
     @property
+    def backlog(self) -> int:
+        """Commands that have not been sent yet."""
+        return len(self._commands) + self._window.waiting
+
+    @property
     def dropped(self) -> int:
         """Acts that did not move anything, and commands that nobody could take."""
         return self.health.dropped + self.health.acts_failed + self.health.acts_lost
@@ -165,12 +171,13 @@ class Bridge:
             self.health.dropped += 1
             return
         at_ns = time.monotonic_ns() + ACT_LEAD_NS if at_ns is None else at_ns
-        self._command("act", motion=list(MOTIONS).index(motion), at_ns=at_ns)
+        self._command("move", motion=list(MOTIONS).index(motion), at_ns=at_ns)
 
     def heartbeat(self) -> None:
         """The loop has completed a tick, now."""
         if self.connected:
-            self._command("heartbeat", at_ns=time.monotonic_ns())
+            self._beat_ns = time.monotonic_ns()  # the newest one counts; those that could not go out are forgotten
+            self._wake()
 
     def arm(self) -> None:
         """Take the microcontroller out of its safe state, with the next heartbeat."""
@@ -239,6 +246,8 @@ class Bridge:
         self._new_session()
         self.clock = ClockSync()
         self._serial.reset_input_buffer()
+        self._serial.reset_output_buffer()
+        self._beat_ns = 0
         self.identity = self._identify()
         if self.identity.dictionary != dictionary_hash():
             raise WrongDictionary(_mismatch(self.identity, self._read_dictionary(self.identity.packed_bytes)))
@@ -337,15 +346,17 @@ class Bridge:
     def _take_commands(self) -> None:
         while self._commands:
             name, values = self._commands.popleft()
-            if name == "act":
+            if name == "move":
                 self._send_act(values["motion"], values["at_ns"])
-            elif name == "heartbeat":
-                if self._may_arm and self.state in ("WAITING", "SAFE"):
-                    self._window.put(pack("arm"))
-                    self._may_arm = False
-                self._window.put(pack("heartbeat", at=self.clock.to_us(values["at_ns"])))
             else:
                 self._window.put(pack(name, **values))
+        beat_ns = self._beat_ns
+        if beat_ns and self._window.has_room:
+            self._beat_ns = 0
+            if self._may_arm and self.state in ("WAITING", "SAFE"):
+                self._window.put(pack("arm"))
+                self._may_arm = False
+            self._window.put(pack("heartbeat", at=self.clock.to_us(beat_ns)))
 
     def _send_act(self, motion: int, at_ns: int) -> None:
         self._next_id = (self._next_id + 1) % 65536

@@ -5,9 +5,9 @@ from __future__ import annotations
 from threading import Lock
 
 DECAY = 1 / 30  # of what is known, with every sample: at one a second, half a minute of memory
-PRIOR_S2 = 400.0  # trust in crystals: slopes seen over less than 20 s are drawn towards that of a perfect one
+PRIOR_S2 = 100.0  # trust in crystals: slopes seen over less than 20 s are drawn towards that of a perfect one
 SLOPE_MAX = 500e-6  # what two crystals can differ by, with a wide margin
-RTT_MARGIN_NS = 200_000  # a round trip so much longer than the shortest has full weight still
+RTT_MARGIN_NS = 200_000  # a round trip of this length has a quarter of the weight of an instant one
 OUTLIER = 3.0  # round trips so many times as long as is usual say nothing
 WRAP_US = 1 << 32
 
@@ -47,8 +47,8 @@ class ClockSync:
             return True
 
     def _learn(self, at_ns: float, at_us: int, rtt_ns: int) -> None:
-        error = (self.min_rtt_ns + RTT_MARGIN_NS) / (rtt_ns + RTT_MARGIN_NS)
-        weight = error * error
+        # The clock was read anywhere within the round trip: its weight falls with the square of its length, whatever came before.
+        weight = (RTT_MARGIN_NS / (rtt_ns + RTT_MARGIN_NS)) ** 2
         self._weight = self._weight * (1 - DECAY) + weight
         share = weight / self._weight
         off_ns = at_ns - self._mean_ns
@@ -59,7 +59,7 @@ class ClockSync:
         keep = 1 - share
         self._variance = keep * (self._variance + share * off_s * off_s)
         self._covariance = keep * (self._covariance + share * off_s * residual_us / 1e6)
-        slope = self._covariance / (self._variance + PRIOR_S2 / max(1.0, self._weight))
+        slope = self._covariance / (self._variance + PRIOR_S2 * max(DECAY, 1 / (self.samples + 1)))
         self._slope = max(-SLOPE_MAX, min(SLOPE_MAX, slope))
 
     def _unwrap(self, mcu_us: int) -> int:

@@ -50,10 +50,22 @@ class Window:
         self._waiting: deque[bytes] = deque()
         self._smooth_ns, self._variation_ns, self._timeout_ns = 0.0, 0.0, float(FIRST_TIMEOUT_NS)
         self._asked_ns = 0  # when everything in flight was last sent again
+        self._answered_refusal = (
+            False  # for the oldest frame in flight: a second time only after a time-out, or repetitions breed repetitions
+        )
 
     @property
     def idle(self) -> bool:
         return not self._flight and not self._waiting
+
+    @property
+    def has_room(self) -> bool:
+        """What is put now goes out at once."""
+        return not self._waiting and len(self._flight) < self.limit
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def in_flight(self) -> int:
@@ -98,6 +110,7 @@ class Window:
             if not flight.resent:  # Karn: nobody knows which of the two was answered
                 self._measure(now_ns - flight.sent_ns)
             self._base = sequence
+            self._answered_refusal = False
             return []
         if not self._flight or not empty:
             return []
@@ -106,8 +119,9 @@ class Window:
             self._base = sequence
             self._flight = deque(_Flight(encode(sequence + i, payload), now_ns, True) for i, payload in enumerate(payloads))
             return [flight.frame for flight in self._flight]
-        if count == 0 and now_ns - self._asked_ns > max(self._smooth_ns, 2_000_000):  # once for all that followed the lost one
+        if count == 0 and not self._answered_refusal:
             self._health.refusals += 1
+            self._answered_refusal = True
             return self._again(now_ns)
         return []
 
