@@ -38,7 +38,7 @@ ACT_LATE_NS = 200_000_000  # a tick later the moment is over
 ASK_AFTER_NS = 100_000_000  # an act whose report is missing so long after its time is asked for
 LOST_AFTER_NS = 3_000_000_000  # and counted as lost after so long
 ANSWER_NS = 150_000_000  # an answer that has not come by then was lost; it is asked for again
-ANSWER_TRIES = 8
+ANSWER_TRIES = 16  # a pty of QEMU, or a board that starts, may be deaf for more than a second
 SILENCE_NS = 1_200_000_000  # six ticks without a frame: nobody is there any more
 TIMEOUTS_MAX = 6
 CLOCK_PERIOD_NS = 983_900_000  # not a divisor of anything else's period, so that it meets all of their phases
@@ -126,13 +126,14 @@ class Bridge:
 
     # --- calls from other threads ---
 
-    def start(self, patience_s: float = 3.0) -> None:
+    def start(self, patience_s: float = 5.0) -> None:
         """Connect, and return when commands are taken; raises BridgeError or PortError."""
         self._serial = open_port(self.port)
         self._thread.start()
         deadline = time.monotonic() + patience_s
         while not self._connected.wait(0.02):
-            if self.fault is not None or time.monotonic() > deadline:
+            hopeless = self.fault is not None and not isinstance(self.fault, NoAnswer)
+            if hopeless or time.monotonic() > deadline:
                 fault = self.fault
                 self.close()
                 raise fault or NoAnswer(_no_answer(self.port))
@@ -273,7 +274,8 @@ class Bridge:
             self._lose(identifier, "the link was lost")
         if was_connected:
             self._event("bridge_down", reason=str(error))
-        self._close_port()
+        if not isinstance(error, LinkLost):  # a microcontroller that started anew is behind the same port
+            self._close_port()
 
     def _close_port(self) -> None:
         if self._serial is not None:

@@ -50,9 +50,8 @@ class Window:
         self._waiting: deque[bytes] = deque()
         self._smooth_ns, self._variation_ns, self._timeout_ns = 0.0, 0.0, float(FIRST_TIMEOUT_NS)
         self._asked_ns = 0  # when everything in flight was last sent again
-        self._answered_refusal = (
-            False  # for the oldest frame in flight: a second time only after a time-out, or repetitions breed repetitions
-        )
+        # For the oldest frame in flight. Once: each repetition may be refused again, and would breed repetitions.
+        self._answered_refusal = False
 
     @property
     def idle(self) -> bool:

@@ -1,4 +1,4 @@
-"""The host's half without a microcontroller: the window on a line that loses, the clock on round trips that vary, and the flasher's tools."""
+"""The host's half without a microcontroller: the window on a line that loses, the clock on uneven round trips, the flasher's tools."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_flash_is_not_done_until_the_new_build_answers(
 
 def test_flash_refuses_what_it_would_not_talk_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chip = Chip(monkeypatch, tmp_path)
-    with pytest.raises(FlashError, match="holds no firmware.*make firmware"):
+    with pytest.raises(FlashError, match=r"holds no firmware.*make firmware"):
         chip.flash(tmp_path)
     with pytest.raises(FlashError, match="another dictionary"):
         chip.flash(a_build(tmp_path / "fw", dictionary=1))
