@@ -31,7 +31,7 @@ from firmware_bridge.dictionary import (
 from firmware_bridge.framing import Decoder
 from firmware_bridge.link import LinkHealth, Window
 from firmware_bridge.outputs import ACTS
-from firmware_bridge.port import PortError, open_port
+from firmware_bridge.port import PortError, forget, open_port
 
 ACT_LEAD_NS = 30_000_000  # from the choice to the motion: a lost frame is sent again and still comes in time
 ACT_LATE_NS = 200_000_000  # a tick later the moment is over
@@ -246,8 +246,7 @@ class Bridge:
     def _connect(self) -> None:
         self._new_session()
         self.clock = ClockSync()
-        self._serial.reset_input_buffer()
-        self._serial.reset_output_buffer()
+        forget(self._serial)
         self._beat_ns = 0
         self.identity = self._identify()
         if self.identity.dictionary != dictionary_hash():
@@ -404,7 +403,7 @@ class Bridge:
         if self._serial.fileno() in ready:
             data = os.read(self._serial.fileno(), 4096)
             if not data:
-                raise LinkLost("the port is gone")
+                raise PortError(f"{self.port} is gone; check the cable")
             frames = self._decoder.feed(data)
             self._byte_ns = now_ns
         elif self._decoder.waiting and now_ns - self._byte_ns > FLUSH_NS:

@@ -33,6 +33,15 @@ def find_port() -> str:
     raise PortError(f"several serial ports: {', '.join(name.name for name in ours)}; name one with --port {BY_ID}/…")
 
 
+def forget(port: Any) -> None:
+    """Drop what waits to be read or written; raises PortError when the port is gone."""
+    try:
+        port.reset_input_buffer()
+        port.reset_output_buffer()
+    except termios.error as error:  # which is no OSError
+        raise PortError(f"{port.port} is gone: {error.args[-1]}; check the cable") from error
+
+
 def open_port(name: str) -> Any:
     """A non-blocking serial.Serial on `name`, which nobody else may open meanwhile; raises PortError."""
     import serial
