@@ -104,7 +104,8 @@ def _measure_echo() -> tuple[list[float], float]:
             for _ in range(ROUNDS + 20):
                 begin = time.perf_counter()
                 port.write(_FRAME)
-                port.read(len(_FRAME))
+                if port.read(len(_FRAME)) != _FRAME:
+                    raise RuntimeError("the pty gave back something else; run the bench again")
                 trips.append((time.perf_counter() - begin) * 1000)
             trips = trips[20:]  # the echo's interpreter starts up
             return trips, 1000 * len(trips) / sum(trips)
