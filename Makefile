@@ -12,6 +12,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check
 CHECKPOINT := export/checkpoints/companion-nano
 BUNDLE := build/companion-nano
 DEMO := build/demo
+FIRMWARE = $(MAKE) --no-print-directory -C firmware_bridge/firmware OUT=$(CURDIR)/build/firmware
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
 
 # glibc gives large blocks back after every operation: on 35 MB an element-wise one took 30 ms, and 1.8 ms with this.
@@ -19,7 +20,7 @@ JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLO
 
 .PHONY: help
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.demo bundle ## make a scene, run the companion on it in real time, and show what it heard, saw, said and did
@@ -37,15 +38,30 @@ test: lint ## everything that CI checks: lint, then the tests
 	$(BIN)/pytest
 
 .PHONY: lint
-lint: $(VENV)/.setup ## ruff, mypy and the import rule
+lint: $(VENV)/.setup ## ruff, mypy, the import rule, and cppcheck for the firmware
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(FIRMWARE) lint
 
 .PHONY: bench
-bench: $(VENV)/.setup bundle ## measure the tick on this machine, as a table
-	$(BIN)/copresence-export bench $(BUNDLE)
+bench: $(VENV)/.setup bundle firmware ## measure the tick on this machine, and the bridge in QEMU, as tables
+	$(BIN)/copresence-export bench $(BUNDLE) --firmware build/firmware/bridge-qemu.elf
+	$(BIN)/python -m firmware_bridge.bench build/firmware/bridge-qemu.elf
+
+.PHONY: firmware
+firmware: ## build the microcontroller's firmware, and show how large it is
+	.ci/packages gcc-arm-none-eabi libnewlib-arm-none-eabi
+	$(FIRMWARE) all
+
+.PHONY: flash-mcu
+flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/serial/by-id/… | DFU=1 | SWD=1]
+	$(BIN)/copresence-bridge flash build/firmware $(if $(PORT),--port $(PORT)) $(if $(DFU),--by dfu) $(if $(SWD),--by swd)
+
+.PHONY: bridge-soak
+bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
+	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
 
 .PHONY: presence
 presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the same scenes, with people that training never met
@@ -73,11 +89,12 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng
-	$(PIP) --editable '.[export]'
+	$(PIP) --editable '.[bridge,export]'
 	@touch $@
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
-	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2
+	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
+		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
 	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'
 	@touch $(VENV)/.demo $@

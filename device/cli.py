@@ -24,11 +24,13 @@ from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
-from device.loop import Loop, NoActuator, TextQueue
+from device.loop import Actuator, Loop, NoActuator, TextQueue
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
+from firmware_bridge.bridge import Bridge, BridgeError
+from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
 LONGEST_OFFSET_MS = 1000
@@ -51,6 +53,7 @@ USER_ERRORS = (
     TensorMismatch,
     SourceError,
     AudioDeviceError,
+    BridgeError,
     OSError,
 )
 
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--camera", metavar="SRC", help="video file, or a folder of images shown in order of name, 10 a second (default: none)"
     )
     run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
+    run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
     run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
     run.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
@@ -149,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
             line=Line(config, source, playout, offset_samples),
             camera=camera,
             text=text,
-            actuator=NoActuator(),
+            actuator=_open_bridge(arguments.bridge, stack),
             events=events,
             recording=recording,
             seconds=arguments.seconds,
@@ -195,6 +199,15 @@ def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Tick
     return source, speaker
 
 
+def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
+    if port is None or port == "none":
+        return NoActuator()
+    bridge = Bridge(find_port() if port == "auto" else port)
+    bridge.start()
+    stack.callback(bridge.close)
+    return bridge
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
     if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
@@ -204,6 +217,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.clock == "simulated":
         if "live" in (arguments.mic, arguments.speaker):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
+        if arguments.bridge not in (None, "none"):
+            raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
         if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
     if arguments.camera == "live":
@@ -262,6 +277,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "mic": arguments.mic,
         "camera": arguments.camera or "none",
         "speaker": arguments.speaker,
+        "bridge": arguments.bridge or "none",
         "text": arguments.text,
     }
 

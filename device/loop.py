@@ -23,11 +23,18 @@ from device.ticker import Edge, Ticker
 
 
 class Actuator(Protocol):
-    """Where acts go."""
+    """The body: where acts go. None of its calls waits."""
 
-    dropped: int
+    @property
+    def dropped(self) -> int: ...
 
     def act(self, name: str) -> None: ...
+
+    def heartbeat(self) -> None:
+        """A tick has been completed. Called by the loop alone: when it stalls, the body must get to know."""
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """What happened since the last call; `at_ns`, where there is one, is CLOCK_MONOTONIC."""
 
 
 class NoActuator:
@@ -37,6 +44,12 @@ class NoActuator:
 
     def act(self, name: str) -> None:
         self.dropped += 1
+
+    def heartbeat(self) -> None:
+        """Nobody listens."""
+
+    def take_events(self) -> list[dict[str, Any]]:
+        return []
 
 
 class TextQueue:
@@ -105,6 +118,7 @@ class Loop:
             late_samples = self.line.play(edge.tick, decision.speech)
             self._act(decision)
             self._record(edge, decision, frame_age_s, late_samples)
+            self.actuator.heartbeat()
         return self._summary()
 
     def _wait(self, header: dict[str, Any]) -> Iterator[Edge]:
@@ -166,6 +180,7 @@ class Loop:
             }
         )
         self._report_losses(edge.tick)
+        self._report_body(edge.tick)
         self._ticks += 1
         self._engine.add(decision.engine_ns)
         self._late.add(edge.late_ns)
@@ -179,6 +194,13 @@ class Loop:
             played = self.line.played(self._recorded, end)
             recording.put(end - played.size, played)
             self._recorded = end
+
+    def _report_body(self, tick: int) -> None:
+        for event in self.actuator.take_events():
+            if "at_ns" in event:
+                ago_ns = time.monotonic_ns() - event.pop("at_ns")
+                event["t_s"] = round((self.ticker.now_ns() - ago_ns) / 1e9, 4)
+            self.events.put({**event, "tick": tick})
 
     def _report_losses(self, tick: int) -> None:
         """One event when a count begins to grow, and one when it has stopped, with what was lost in between."""

@@ -6,17 +6,19 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from export.demo import LENGTH_S, SCENE_VIDEO, SCENE_WAV, make_scene, read_events
+from export.demo import LENGTH_S, SCENE_VIDEO, SCENE_WAV, Cue, make_scene, read_events
 
 LONG_TICKS = 36_000  # two hours
 SHORT_TICKS = 100
@@ -27,29 +29,55 @@ HISTOGRAM_US = 20_000  # longer latencies are counted as overflows and show in t
 Summary = dict[str, Any]
 
 
-def run_bench(bundle: Path, repeats: int) -> None:
-    """Print the table; `repeats` real-time runs of 20 s each, every one beside its own cyclictest."""
-    with tempfile.TemporaryDirectory() as name:
+def run_bench(bundle: Path, repeats: int, firmware: Path | None = None) -> None:
+    """Print the table; `repeats` real-time runs of 20 s each, every one beside its own cyclictest; a body in QEMU runs `firmware`."""
+    with tempfile.TemporaryDirectory() as name, _body(firmware, Path(name) / "mcu") as port:
         folder = Path(name)
-        make_scene(folder)
+        up = next(cue for cue in make_scene(folder) if cue.what == "up")
         runs, cyclic = [], []
         for i in range(repeats):
             print(f"real-time run {i + 1} of {repeats} ({LENGTH_S:.0f} s)", file=sys.stderr, flush=True)
-            summary, latency = _realtime_run(bundle, folder)
+            summary, latency = _realtime_run(bundle, folder, port, up)
             runs.append(summary)
             cyclic.append(latency)
         print(f"{LONG_TICKS} simulated ticks", file=sys.stderr, flush=True)
         print(_table(bundle, runs, cyclic, _simulated_run(bundle, folder, SHORT_TICKS), _simulated_run(bundle, folder, LONG_TICKS)))
 
 
-def _realtime_run(bundle: Path, folder: Path) -> tuple[Summary, dict[str, float] | None]:
+@contextmanager
+def _body(firmware: Path | None, port: Path) -> Iterator[Path | None]:
+    """The port of a microcontroller in QEMU; None without firmware."""
+    if firmware is None:
+        yield None
+        return
+    command = [sys.executable, "-m", "firmware_bridge.qemu", str(firmware), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as machine:
+        assert machine.stdout is not None
+        machine.stdout.readline()  # it is there
+        try:
+            yield port
+        finally:
+            machine.send_signal(signal.SIGINT)
+
+
+def _reaction_s(events: list[Summary], up: Cue) -> float | None:
+    """From the end of the word *up* to the tilt servo's set-point moving up; None if it did not."""
+    looks = [e["t_s"] for e in events if e["event"] == "bridge_act" and e["motion"] == "LOOK_UP" and "t_s" in e]
+    first = next((t_s for t_s in looks if up.start_s < t_s < up.due_s + 1), None)
+    poses = [e["t_s"] for e in events if e["event"] == "bridge_pose" and e["tilt"] > 0 and first is not None and e["t_s"] >= first]
+    return poses[0] - up.end_s if poses else None
+
+
+def _realtime_run(bundle: Path, folder: Path, port: Path | None, up: Cue) -> tuple[Summary, dict[str, float] | None]:
     events = folder / "events.jsonl"
     timer = _start_cyclictest()
     _copresence(
         *("--bundle", str(bundle), "--mic", str(folder / SCENE_WAV), "--camera", str(folder / SCENE_VIDEO)),
         *("--speaker", str(folder / "out.wav"), "--events", str(events), "--clock", "realtime"),
+        *(("--bridge", str(port)) if port else ()),
     )
-    return read_events(events)[-1], timer() if timer else None
+    found = read_events(events)
+    return found[-1] | {"reaction_s": _reaction_s(found, up)}, timer() if timer else None
 
 
 def _simulated_run(bundle: Path, folder: Path, ticks: int) -> Summary:
@@ -111,6 +139,9 @@ def _table(bundle: Path, runs: list[Summary], cyclic: list[dict[str, float] | No
         rows += [(f"cyclictest in the same minute, {p}", median(c[p] for c in known), "ms", "") for p in ("p50", "p99", "max")]
         ratios = [run["late_ms"]["p99"] / c["p99"] for run, c in zip(runs, cyclic, strict=True) if c is not None]
         rows.append(("edge lateness over cyclictest, p99", median(ratios), "×", "5"))
+    reactions = [run["reaction_s"] for run in runs if run["reaction_s"] is not None]
+    if reactions:
+        rows.append(("end of the word 'up' to the tilt servo's motion", median(reactions), "s", "0.5"))
     rows += [
         (f"engine, simulated, ticks {SHORT_TICKS} to {SHORT_TICKS + COMPARED_TICKS}", long["early_ms"], "ms", ""),
         (f"engine, simulated, last {COMPARED_TICKS} of {LONG_TICKS} ticks", long["last_ms"], "ms", ""),

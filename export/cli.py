@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="print the table of engine, loop, start-up, memory and timer figures")
     bench.add_argument("bundle", type=Path)
     bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--firmware", type=Path, metavar="ELF", help="let it move a body: this firmware, in QEMU ('make firmware')")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -237,7 +238,7 @@ def _plan(a: argparse.Namespace) -> None:
 def _bench(a: argparse.Namespace) -> None:
     from export.bench import run_bench
 
-    run_bench(a.bundle, a.repeats)
+    run_bench(a.bundle, a.repeats, a.firmware)
 
 
 if __name__ == "__main__":
