@@ -37,6 +37,10 @@ class ChangedFile(BundleError):
     """A file that is not what the manifest says. Remedy: export again."""
 
 
+class Unproven(BundleError):
+    """A quantized bundle without proof that it still behaves. Remedy: verify it, or say that it may run without."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle; `digest` is the SHA-256 of its manifest and so of everything in it."""
@@ -47,8 +51,8 @@ class Bundle:
     digest: str
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read and verify `path`; raises BundleError, ConfigError or TensorMismatch."""
+    def open(cls, path: str | Path, unproven: bool = False) -> Bundle:
+        """Read and verify `path`; raises BundleError, ConfigError or TensorMismatch. With `unproven`, a missing proof is let pass."""
         path = Path(path)
         text = _manifest_bytes(path)
         where = path / MANIFEST_NAME
@@ -76,7 +80,14 @@ class Bundle:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         require_tensors(listed, tensor_table(config), str(where))
+        if not unproven:
+            require_proof(manifest, where)
         return cls(path, config, manifest, hashlib.sha256(text).hexdigest())
+
+    @property
+    def unproven(self) -> str:
+        """Why a quantized bundle counts as unproven; empty for one that is proven or needs no proof."""
+        return lacking_proof(self.manifest)
 
     @property
     def name(self) -> str:
@@ -93,6 +104,32 @@ def copresence_version() -> str:
         return importlib.metadata.version("copresence")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def lacking_proof(manifest: Mapping[str, Any]) -> str:
+    """Why a manifest lacks the proof it needs: only what was quantized needs one. Empty when nothing is lacking."""
+    if "quantized" not in manifest:
+        return ""
+    proof = manifest.get("proof")
+    gates = proof.get("gates") if isinstance(proof, dict) else None
+    if not isinstance(proof, dict) or not isinstance(gates, list) or not gates:
+        return "it carries no proof that it behaves like the bundle it was quantized from"
+    failed = [str(gate.get("gate", "?")) if isinstance(gate, dict) else "?" for gate in gates if not _passed(gate)]
+    if failed:
+        return f"its proof did not pass: {', '.join(failed)}"
+    if proof.get("graph_sha256") != manifest["files"][GRAPH_NAME]["sha256"]:
+        return "its proof is that of another graph"
+    return ""
+
+
+def _passed(gate: object) -> bool:
+    return isinstance(gate, dict) and gate.get("passed") is True
+
+
+def require_proof(manifest: Mapping[str, Any], where: str | Path) -> None:
+    """Raise Unproven unless the manifest has the proof it needs; also for whoever is about to sign it."""
+    if reason := lacking_proof(manifest):
+        raise Unproven(f"{where}: {reason}; prove it with 'copresence-export verify', or run it with --unproven all the same")
 
 
 def require_tensors(found: Mapping[str, Signature], wanted: Iterable[Tensor], where: str) -> None:

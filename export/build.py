@@ -55,7 +55,7 @@ def build(checkpoint_path: Path, out: Path) -> dict[str, float]:
 
 
 def _write(checkpoint: Checkpoint, model: onnx.ModelProto, out: Path) -> dict[str, float]:
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         onnx.save(model, folder / GRAPH_NAME)
         text = checkpoint.config.text
         (folder / VOCABULARY_NAME).write_text(json.dumps({"words": text.words, "acts": text.acts}, indent=1) + "\n")
@@ -115,7 +115,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, parity: dict[str, float]) ->
 
 
 @contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -144,8 +144,11 @@ def _exchange(one: Path, other: Path) -> None:
 
 def show(bundle: Bundle) -> str:
     """The bundle as a person wants to read it."""
+    from export.quantize.quantize import describe  # which imports this module
+
     manifest, config = bundle.manifest, bundle.config
     trunk = config.trunk
+    quantized = describe(manifest) if "quantized" in manifest else []
     lines = [
         f"{manifest['name']}: a bundle of format {manifest['format']}, digest {bundle.digest[:16]}",
         f"  tick      {config.tick_ms} ms, {config.tick_samples} samples, {config.tokens} tokens "
@@ -155,7 +158,8 @@ def show(bundle: Bundle) -> str:
         f"  words     {' '.join(config.text.words[1:])}",
         f"  acts      {' '.join(config.text.acts[1:])}",
         f"  built     {', '.join(f'{name} {version}' for name, version in manifest['tools'].items())}",
-        f"  proof     {manifest['parity']['reference_ticks']} reference ticks, largest relative error "
+        *quantized,
+        f"  parity    {'float graph, ' if quantized else ''}{manifest['parity']['reference_ticks']} reference ticks, relative error up to "
         + ", ".join(f"{name} {error:.1e}" for name, error in manifest["parity"]["relative_error"].items()),
         "  files",
         *(f"    {name:16} {entry['bytes']:>12,} bytes  sha256 {entry['sha256'][:16]}…" for name, entry in manifest["files"].items()),
