@@ -31,14 +31,12 @@ class CalibrationError(ValueError):
 def record_dtype(config: ModelConfig) -> np.dtype[np.void]:
     """One tick in a recording: its number, then the RECORDED rows of the tensor table."""
     rows = {row.name: row for row in tensor_table(config)}
-    fields = [("tick", "<i8"), *((name, np.dtype(rows[name].dtype).newbyteorder("<"), rows[name].shape) for name in RECORDED)]
-    return np.dtype(fields)  # type: ignore[arg-type]
+    return np.dtype([("tick", "<i8"), *((name, np.dtype(rows[name].dtype).newbyteorder("<"), rows[name].shape) for name in RECORDED)])
 
 
 def describe(dtype: np.dtype[np.void]) -> list[list[Any]]:
     """The layout of a record, JSON-ready."""
-    fields = dtype.fields or {}
-    return [[name, fields[name][0].base.str, list(fields[name][0].shape)] for name in dtype.names or ()]
+    return [[name, dtype[name].base.str, list(dtype[name].shape)] for name in dtype.names or ()]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

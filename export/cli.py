@@ -88,6 +88,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.set_defaults(run=_quantize)
 
+    verify = commands.add_parser(
+        "verify", help="prove that a quantized bundle behaves like its float bundle; the proof goes into its manifest"
+    )
+    verify.add_argument("bundle", type=Path, help="a bundle made by 'quantize'")
+    verify.add_argument("--against", type=Path, required=True, metavar="BUNDLE", help="the float bundle it was made from")
+    verify.add_argument("--data", type=Path, required=True, help="corpus folder")
+    verify.add_argument("--split", choices=("dev", "test"), default="test")
+    verify.add_argument("--scenes", type=int, default=25, help="in closed loop, for each behaviour (default 25)")
+    verify.add_argument("--ticks", type=int, default=3000, help="of the long run, for speech and memory (default 3000)")
+    verify.add_argument("--seed", type=int, default=0)
+    verify.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    verify.set_defaults(run=_verify)
+
     train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
     distill = commands.add_parser("distill", help="the same with a teacher, whose probabilities are half of what is learned")
     distill.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder that `train` wrote")
@@ -164,6 +177,12 @@ def _quantize(a: argparse.Namespace) -> None:
 
     difference = quantize(a.bundle, a.out, a.precision, a.calibration, a.method, a.sensitivity, a.budget)
     print(f"{a.out}: quantized; on calibration ticks {difference.row()}; prove it with 'copresence-export verify'")
+
+
+def _verify(a: argparse.Namespace) -> None:
+    from export.quantize.verify import table, verify
+
+    print(table(verify(a.bundle, a.against, a.data, a.split, a.scenes, a.ticks, a.seed, a.jobs)))
 
 
 def _features(a: argparse.Namespace) -> None:

@@ -41,7 +41,9 @@ class ProbeEngine:
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         # Where weights alone have few bits, the activations must not be rounded behind our back.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        self._session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            shown.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+        )
         self.inputs, self.outputs = allocate(config)
         self._names, self.probes = [*self.outputs, *inside], dict[str, np.ndarray]()
 

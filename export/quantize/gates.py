@@ -22,9 +22,11 @@ def _limits(fp16: float, int8_weights: float, int8: float, int4_weights: float) 
 
 
 GATES = {
+    "scenes": Gate("", False, _limits(100, 100, 100, 100), "scenes in closed loop: fewer prove nothing"),
     "scoreboard loss": Gate("points", True, _limits(0.5, 0.5, 1.0, 2.0), "mean hit rate over the behaviours, float minus quantized"),
     "say agreement": Gate("% of ticks", False, _limits(99.5, 99.0, 99.0, 98.0), "closed loop, the same words in the same tick"),
     "act agreement": Gate("% of ticks", False, _limits(99.5, 99.0, 99.0, 98.0), "closed loop, the same act in the same tick"),
+    "long run": Gate("ticks", False, _limits(3000, 3000, 3000, 3000), "on the same inputs, each graph with its own memory"),
     "mel distortion": Gate("dB", True, _limits(0.2, 1.0, 1.0, 2.0), "of the speech on the same inputs, where the float graph speaks"),
     "memory error": Gate("%", True, _limits(1.0, 10.0, 10.0, 20.0), "of keys and values in the last tenth of the long run, relative RMS"),
     "memory drift": Gate("×", True, _limits(1.5, 1.5, 1.5, 1.5), "that error against the one in the first tenth"),

@@ -34,7 +34,7 @@ class Histogram:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        return (np.arange(BINS) + 0.5) * (self.top / BINS)
+        return (np.arange(BINS, dtype=np.float64) + 0.5) * (self.top / BINS)
 
     def error(self, limit: float) -> float:
         """Mean squared error of int8 with the range ±`limit`, relative to the mean square."""
