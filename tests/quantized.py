@@ -13,26 +13,27 @@ from ticks import SMALL, make_model
 
 from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME
 from device.calibration import CalibrationRecorder, record_dtype
+from device.config import ModelConfig
 from device.tensors import tensor_table
 from export.graph import build_graph
 
 
 @functools.cache
-def float_model() -> onnx.ModelProto:
-    weights = {name: value.numpy() for name, value in make_model(SMALL).state_dict().items()}
-    return build_graph(SMALL, weights)
+def float_model(config: ModelConfig = SMALL) -> onnx.ModelProto:
+    weights = {name: value.numpy() for name, value in make_model(config).state_dict().items()}
+    return build_graph(config, weights)
 
 
-def float_bundle(folder: Path) -> Path:
-    """A bundle of the small model, as `build` would have written it."""
+def float_bundle(folder: Path, config: ModelConfig = SMALL) -> Path:
+    """A bundle of a small model, as `build` would have written it."""
     folder.mkdir(parents=True)
-    onnx.save(float_model(), folder / GRAPH_NAME)
+    onnx.save(float_model(config), folder / GRAPH_NAME)
     data = (folder / GRAPH_NAME).read_bytes()
     manifest = {
         "format": FORMAT,
         "name": "small",
-        "config": SMALL.to_dict(),
-        "tensors": [{"name": t.name, "role": t.role, "dtype": t.dtype, "shape": list(t.shape)} for t in tensor_table(SMALL)],
+        "config": config.to_dict(),
+        "tensors": [{"name": t.name, "role": t.role, "dtype": t.dtype, "shape": list(t.shape)} for t in tensor_table(config)],
         "files": {GRAPH_NAME: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}},
         "parity": {"reference_ticks": 0, "relative_error": {}},
         "tools": {},
