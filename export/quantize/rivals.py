@@ -7,6 +7,7 @@ anything else: install nvidia-modelopt into an environment of its own, or its ro
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import tempfile
 import time
@@ -135,7 +136,8 @@ def main(source: Path, calibration: Path) -> None:
 
 def _row(name: str, make: Make, path: Path, model: onnx.ModelProto, reference: Ticks, data: DataSet) -> str:
     try:
-        made = make(path)
+        with tempfile.TemporaryDirectory() as folder:  # ModelOpt has been seen to change the file that it was given
+            made = make(Path(shutil.copy(path, folder)))
         d = compare(reference, outputs_of(made, data, COMPARED_TICKS, name), data.config)
     except Exception as error:  # noqa: BLE001 - a rival that cannot is a row of the table
         return f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | | |"
