@@ -13,6 +13,8 @@ CHECKPOINT := export/checkpoints/companion-nano
 BUNDLE := build/companion-nano
 DEMO := build/demo
 FIRMWARE = $(MAKE) --no-print-directory -C firmware_bridge/firmware OUT=$(CURDIR)/build/firmware
+CALIBRATION := build/calibration
+QUANTIZED := build/companion-nano-int8
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
 
 # glibc gives large blocks back after every operation: on 35 MB an element-wise one took 30 ms, and 1.8 ms with this.
@@ -62,6 +64,19 @@ flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/seria
 .PHONY: bridge-soak
 bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
 	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
+
+.PHONY: calibration
+calibration: $(VENV)/.setup bundle ## record a calibration set without hardware: the demonstration's scene, and people of the training split
+	rm -rf $(CALIBRATION)
+	$(BIN)/copresence-export scene --out $(DEMO)
+	mapfile -t text < $(DEMO)/scene.txt; $(BIN)/copresence run --bundle $(BUNDLE) --mic $(DEMO)/scene.wav --camera $(DEMO)/scene.mkv \
+		--text "$${text[@]}" --speaker none --clock simulated --record-calibration $(CALIBRATION)
+	$(BIN)/copresence-export record $(BUNDLE) --data $(DATA) --out $(CALIBRATION)
+
+.PHONY: quantize
+quantize: calibration ## quantize the bundle to INT8 and prove that it still behaves
+	$(BIN)/copresence-export quantize $(BUNDLE) --calibration $(CALIBRATION) --out $(QUANTIZED) --sensitivity build/sensitivity
+	$(BIN)/copresence-export verify $(QUANTIZED) --against $(BUNDLE) --data $(DATA)
 
 .PHONY: presence
 presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the same scenes, with people that training never met

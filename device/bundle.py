@@ -65,6 +65,10 @@ class UnlistedFile(BundleError):
     """Something in the folder that the manifest does not list, and so nobody vouches for. Remedy: remove it."""
 
 
+class Unproven(BundleError):
+    """A quantized bundle without proof that it still behaves. Remedy: verify it, or say that it may run without."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle; `digest` is the SHA-256 of its manifest and so of everything in it."""
@@ -78,8 +82,8 @@ class Bundle:
     signed_by: str | None  # name of the trusted key whose signature was checked; None on a machine that trusts no key
 
     @classmethod
-    def open(cls, path: str | Path, trust: Trust | None = None) -> Bundle:
-        """Read and verify `path`, also the signature and the version where `trust` has a key.
+    def open(cls, path: str | Path, trust: Trust | None = None, unproven: bool = False) -> Bundle:
+        """Read and verify `path`, also the signature and the version where `trust` has a key; with `unproven` a missing proof is let pass.
 
         Raises BundleError (the errors of device/signature.py among them), VersionMemoryError, ConfigError or TensorMismatch.
         """
@@ -104,6 +108,8 @@ class Bundle:
         if sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows) > TENSOR_BYTES:
             raise ConfigError(f"{where}: the tensors of a tick exceed {TENSOR_BYTES >> 30} GiB; correct the configuration and export again")
         require_tensors(listed, rows, str(where))
+        if not unproven:
+            require_proof(manifest, where)
         key = None if signature is None else key_id(signature[:PUBLIC_BYTES])
         return cls(path, config, manifest, hashlib.sha256(text).hexdigest(), version, key, signed_by)
 
@@ -113,6 +119,11 @@ class Bundle:
         if self.signed_by is not None:
             return "valid"
         return "none" if self.key is None else "not checked"
+
+    @property
+    def unproven(self) -> str:
+        """Why a quantized bundle counts as unproven; empty for one that is proven or needs no proof."""
+        return lacking_proof(self.manifest)
 
     @property
     def name(self) -> str:
@@ -129,6 +140,32 @@ def copresence_version() -> str:
         return importlib.metadata.version("copresence")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def lacking_proof(manifest: Mapping[str, Any]) -> str:
+    """Why a manifest lacks the proof it needs: only what was quantized needs one. Empty when nothing is lacking."""
+    if "quantized" not in manifest:
+        return ""
+    proof = manifest.get("proof")
+    gates = proof.get("gates") if isinstance(proof, dict) else None
+    if not isinstance(proof, dict) or not isinstance(gates, list) or not gates:
+        return "it carries no proof that it behaves like the bundle it was quantized from"
+    failed = [str(gate.get("gate", "?")) if isinstance(gate, dict) else "?" for gate in gates if not _passed(gate)]
+    if failed:
+        return f"its proof did not pass: {', '.join(failed)}"
+    if proof.get("graph_sha256") != manifest["files"][GRAPH_NAME]["sha256"]:
+        return "its proof is that of another graph"
+    return ""
+
+
+def _passed(gate: object) -> bool:
+    return isinstance(gate, dict) and gate.get("passed") is True
+
+
+def require_proof(manifest: Mapping[str, Any], where: str | Path) -> None:
+    """Raise Unproven unless the manifest has the proof it needs; also for whoever is about to sign it."""
+    if reason := lacking_proof(manifest):
+        raise Unproven(f"{where}: {reason}; prove it with 'copresence-export verify', or run it with --unproven all the same")
 
 
 def require_tensors(found: Mapping[str, Signature], wanted: Iterable[Tensor], where: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
 from device.bundle import Bundle, BundleError, copresence_version
+from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import OnnxRuntimeEngine
@@ -54,6 +55,7 @@ USER_ERRORS = (
     SourceError,
     AudioDeviceError,
     BridgeError,
+    CalibrationError,
     OSError,
 )
 
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"where the version of the signed bundle that ran last is kept (default: ${STATE_VARIABLE}, {STATE_FOLDER})",
     )
     run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
+    run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
+    run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
     return parser
 
 
@@ -127,7 +131,7 @@ def _natural(text: str) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
-    bundle = Bundle.open(arguments.bundle, trust)
+    bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
     config, realtime = bundle.config, arguments.clock == "realtime"
     rate_hz, tick_ns = config.audio.sample_rate_hz, config.tick_ms * 1_000_000
     _check_arguments(arguments)
@@ -137,7 +141,12 @@ def _run(arguments: argparse.Namespace) -> int:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
-        session = Session(config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed)
+        calibration = None
+        if arguments.record_calibration is not None:
+            calibration = CalibrationRecorder(arguments.record_calibration, config, bundle.digest, arguments.seed, patient=not realtime)
+        session = Session(
+            config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed, None if calibration is None else calibration.record
+        )
         if trust:
             trust.memory.remember(bundle.version, bundle.path)
         source, playout = _open_audio(arguments, config, ticker, stack)
@@ -160,10 +169,16 @@ def _run(arguments: argparse.Namespace) -> int:
             stop=stop,
         )
         try:
-            summary = loop.run(_header(bundle, arguments))
+            summary = loop.run(_header(bundle, arguments), *_notices(bundle))
         finally:
             events.close()
-    return _report(arguments, summary, [("--events", events.fault), ("--speaker", recording.fault if recording else None)])
+            if calibration is not None:
+                calibration.close()
+    faults = [("--events", events.fault), ("--speaker", recording.fault if recording else None)]
+    if calibration is not None:
+        lost = f"{calibration.dropped} ticks came faster than they could be written" if calibration.dropped else None
+        faults.append(("--record-calibration", calibration.fault or lost))
+    return _report(arguments, summary, faults)
 
 
 def _is_file(choice: str | None) -> bool:
@@ -280,6 +295,11 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "bridge": arguments.bridge or "none",
         "text": arguments.text,
     }
+
+
+def _notices(bundle: Bundle) -> list[dict[str, Any]]:
+    """What the log must say of a bundle beyond the header."""
+    return [{"event": "unproven", "bundle_sha256": bundle.digest, "reason": bundle.unproven}] if bundle.unproven else []
 
 
 def _report(arguments: argparse.Namespace, summary: dict[str, Any], faults: list[tuple[str, str | None]]) -> int:

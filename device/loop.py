@@ -110,9 +110,12 @@ class Loop:
         self._losing: dict[str, int] = {}  # those under way: what had been lost before they began
         self._engine, self._late, self._overhead = Times(), Times(), Times()
 
-    def run(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Until microphone file, camera, time or a signal ends it; returns the summary, which is also the last event."""
-        for edge in self._wait(header):
+    def run(self, header: dict[str, Any], *notices: dict[str, Any]) -> dict[str, Any]:
+        """Until microphone file, camera, time or a signal ends it; returns the summary, which is also the last event.
+
+        `header` is the first event, and what else is to be known of the run follows it.
+        """
+        for edge in self._wait(header, notices):
             frames, frame_age_s, text = self._gather(edge)
             decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
             late_samples = self.line.play(edge.tick, decision.speech)
@@ -121,12 +124,13 @@ class Loop:
             self.actuator.heartbeat()
         return self._summary()
 
-    def _wait(self, header: dict[str, Any]) -> Iterator[Edge]:
+    def _wait(self, header: dict[str, Any], notices: tuple[dict[str, Any], ...]) -> Iterator[Edge]:
         gc.collect()
         gc.freeze()  # what start-up made is not searched again during a tick
         latency_samples = self.line.start()
         self.ticker.start()
-        self.events.put({**header, "speaker_latency_ms": self._ms(latency_samples)})
+        for event in ({**header, "speaker_latency_ms": self._ms(latency_samples)}, *notices):
+            self.events.put(event)
         tick = 0
         while not self._over(tick):
             edge = self.ticker.wait(tick)

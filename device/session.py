@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device.config import ModelConfig
-from device.engine import Engine
+from device.engine import Buffers, Engine
 from device.positions import clock_features, rope_table, tick_noise
 from device.tensors import layer_tokens, layer_window, tensor_table
 
@@ -65,10 +65,10 @@ class Rings:
 
 
 class Session:
-    """Steps an engine from tick to tick. A session may begin at any tick number."""
+    """Steps an engine from tick to tick. A session may begin at any tick number; `record` is shown the inputs of every launch."""
 
-    def __init__(self, config: ModelConfig, engine: Engine, seed: int = 0) -> None:
-        self._config, self._engine, self._seed = config, engine, seed
+    def __init__(self, config: ModelConfig, engine: Engine, seed: int = 0, record: Callable[[int, Buffers], None] | None = None) -> None:
+        self._config, self._engine, self._seed, self._record = config, engine, seed, record
         self._rings = Rings(config, engine)
         self._next: int | None = None  # the tick that follows the last one run or lost
         for name in ("said", "acted"):
@@ -104,6 +104,8 @@ class Session:
         inputs["clock"][...] = clock_features(config, tick)
         inputs["rope"][...] = rope_table(config, tick)
         inputs["noise"][...] = tick_noise(config, self._seed, tick)
+        if self._record is not None:
+            self._record(tick, inputs)
         start_ns = time.perf_counter_ns()
         self._engine.run()
         engine_ns = time.perf_counter_ns() - start_ns

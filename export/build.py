@@ -152,8 +152,11 @@ def show(bundle: Bundle) -> str:
 
 
 def _show(bundle: Bundle) -> str:
+    from export.quantize.quantize import describe  # which imports this module
+
     manifest, config = bundle.manifest, bundle.config
     trunk = config.trunk
+    quantized = describe(manifest) if "quantized" in manifest else []
     signed = f"by key {bundle.key} as version {bundle.version}, not checked here" if bundle.key else "no"
     lines = [
         f"{manifest['name']}: a bundle of format {manifest['format']}, digest {bundle.digest[:16]}",
@@ -164,7 +167,8 @@ def _show(bundle: Bundle) -> str:
         f"  words     {' '.join(config.text.words[1:])}",
         f"  acts      {' '.join(config.text.acts[1:])}",
         f"  built     {', '.join(f'{name} {version}' for name, version in manifest['tools'].items())}",
-        f"  proof     {manifest['parity']['reference_ticks']} reference ticks, largest relative error "
+        *quantized,
+        f"  parity    {'float graph, ' if quantized else ''}{manifest['parity']['reference_ticks']} reference ticks, relative error up to "
         + ", ".join(f"{name} {error:.1e}" for name, error in manifest["parity"]["relative_error"].items()),
         f"  signed    {signed}",
         "  files",

@@ -10,13 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from device.bundle import BundleError
+from device.calibration import CalibrationError
 from device.config import ConfigError
 from device.signature import KeyFileError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
 
+PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16")
+
 # Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ExportError, BundleError, KeyFileError, ConfigError, TensorMismatch, OSError)
+USER_ERRORS = (ExportError, BundleError, CalibrationError, KeyFileError, ConfigError, TensorMismatch, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +70,49 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--out", type=Path, required=True, metavar="LEVELS.npy")
     features.add_argument("--checkpoint", type=Path, help="take the level range of this checkpoint instead of the published [-7, 2]")
     features.set_defaults(run=_features)
+
+    record = commands.add_parser("record", help="add scenes with people of the training split to a calibration data set")
+    record.add_argument("bundle", type=Path, help="a float bundle, which plays them")
+    record.add_argument("--data", type=Path, required=True, help="corpus folder")
+    record.add_argument("--scenes", type=int, default=16, help="of 96 ticks (default 16)")
+    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--out", type=Path, required=True, metavar="DIR", help="as 'copresence run --record-calibration DIR' writes it")
+    record.set_defaults(run=_record)
+
+    quantize = commands.add_parser("quantize", help="float bundle to quantized bundle, calibrated on recorded ticks")
+    quantize.add_argument("bundle", type=Path, help="a float bundle made by 'build'")
+    quantize.add_argument("--precision", choices=PRECISIONS, default="int8", help="int8: weights and activations (default)")
+    quantize.add_argument(
+        "--calibration", type=Path, required=True, metavar="DIR", help="data set made by 'copresence run --record-calibration DIR'"
+    )
+    quantize.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write")
+    quantize.add_argument(
+        "--method",
+        choices=("auto", "max", "percentile", "entropy"),
+        default="auto",
+        help="of finding ranges; auto: for each tensor the one that loses least",
+    )
+    quantize.add_argument("--sensitivity", type=Path, metavar="FOLDER", help="scan layer by layer; table and picture go there")
+    quantize.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="keep the dearest layers in FP16 until the error is below this share of what the gates allow",
+    )
+    quantize.set_defaults(run=_quantize)
+
+    verify = commands.add_parser(
+        "verify", help="prove that a quantized bundle behaves like its float bundle; the proof goes into its manifest"
+    )
+    verify.add_argument("bundle", type=Path, help="a bundle made by 'quantize'")
+    verify.add_argument("--against", type=Path, required=True, metavar="BUNDLE", help="the float bundle it was made from")
+    verify.add_argument("--data", type=Path, required=True, help="corpus folder")
+    verify.add_argument("--split", choices=("dev", "test"), default="test")
+    verify.add_argument("--scenes", type=int, default=25, help="in closed loop, for each behaviour (default 25)")
+    verify.add_argument("--ticks", type=int, default=3000, help="of the long run, for speech and memory (default 3000)")
+    verify.add_argument("--seed", type=int, default=0)
+    verify.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    verify.set_defaults(run=_verify)
 
     train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
     distill = commands.add_parser("distill", help="the same with a teacher, whose probabilities are half of what is learned")
@@ -143,7 +189,26 @@ def _show(a: argparse.Namespace) -> None:
     from device.bundle import Bundle
     from export.build import show
 
-    print(show(Bundle.open(a.bundle)))
+    print(show(Bundle.open(a.bundle, unproven=True)))
+
+
+def _record(a: argparse.Namespace) -> None:
+    from export.quantize.scenes import record_scenes
+
+    print(f"{a.out}: {record_scenes(a.bundle, a.data, a.scenes, a.seed, a.out)} ticks added")
+
+
+def _quantize(a: argparse.Namespace) -> None:
+    from export.quantize.quantize import quantize
+
+    difference = quantize(a.bundle, a.out, a.precision, a.calibration, a.method, a.sensitivity, a.budget)
+    print(f"{a.out}: quantized; on calibration ticks {difference.row()}; prove it with 'copresence-export verify'")
+
+
+def _verify(a: argparse.Namespace) -> None:
+    from export.quantize.verify import table, verify
+
+    print(table(verify(a.bundle, a.against, a.data, a.split, a.scenes, a.ticks, a.seed, a.jobs)))
 
 
 def _keygen(a: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from scipy.signal import fftconvolve
 
 from device.audio import Line, Samples, Source, VirtualPlayout
 from device.config import ModelConfig
-from device.engine import Engine
+from device.engine import Buffers, Engine
 from device.loop import Loop, NoActuator, TextQueue
 from device.session import Session
 from device.ticker import SimulatedTicker
@@ -120,7 +120,7 @@ class _Played:
         """All of it is here."""
 
 
-def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int) -> Run:
+def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int, record: Callable[[int, Buffers], None] | None = None) -> Run:
     """A scene through the device's own loop: its microphone hears the room and the echo of what the speaker really played."""
     rate_hz, tick_s = c.audio.sample_rate_hz, c.tick_ms / 1000
     ticker = SimulatedTicker(c.tick_ms * 1_000_000)
@@ -129,7 +129,7 @@ def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int) -> Run:
     events, played = _Events(), _Played()
     loop = Loop(
         config=c,
-        session=Session(c, engine, seed),
+        session=Session(c, engine, seed, record),
         ticker=ticker,
         line=line,
         camera=SceneCamera(scene, tick_s),

@@ -1,0 +1,1 @@
+"""Quantization: calibration data in, a smaller graph with explicit Q/DQ out, and the proof that it still behaves."""

@@ -1,0 +1,128 @@
+"""The proof: what is counted, which pairs are refused, and that only a bundle that passes gets one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from quantized import float_bundle, float_model, lively, write_set
+from ticks import SMALL
+
+from device.bundle import MANIFEST_NAME, Bundle
+from device.config import ModelConfig
+from export import cli
+from export.distill.behaviours import ACTS, WORDS, Trial
+from export.quantize import verify as module
+from export.quantize.compare import ProbeEngine
+from export.quantize.gates import GATES, Gate
+from export.quantize.verify import Decisions, Pair, _Board, _LongRun, _measure, corpus_digest
+from export.scoreboard.score import HIT, MISSED, Outcome, Verdict
+
+CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
+
+
+def _pair(hits: tuple[list[int], list[int]], say: np.ndarray | None = None) -> Pair:
+    """A scene in which `act` was asked for: 1 for each hit, for the float and the quantized graph."""
+    verdicts = [
+        Verdict([Outcome(Trial("act", 0.0, ()), 0, HIT if hit else MISSED, None) for hit in half], [], 0.0, 0, [], []) for half in hits
+    ]
+    quiet = np.zeros((10, 2), np.int32)
+    decisions = [Decisions(quiet if i == 0 or say is None else say, np.zeros(10, np.int32)) for i in (0, 1)]
+    return Pair((verdicts[0], verdicts[1]), (decisions[0], decisions[1]), 2.0)
+
+
+def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_both() -> None:
+    pairs = [_pair(([1, 1], [1, 1])) for _ in range(40)] + [_pair(([1], [0])) for _ in range(20)]
+    loss, low, high = _Board(pairs).loss()
+    assert loss == pytest.approx(20.0) and 10 < low < 20 < high < 32
+    equal = [_pair(([1, 0], [1, 0])) for _ in range(30)]
+    assert _Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
+
+
+def test_every_tick_counts_in_the_agreement() -> None:
+    say = np.zeros((10, 2), np.int32)
+    say[3, 1] = 5
+    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), ProbeEngine(float_model(), SMALL)], 0)
+    for record in lively()[:10]:
+        run.step({name: record[name] for name in record.dtype.names or ()})
+    values, details = _measure([_pair(([1], [1])), _pair(([1], [1]), say)], run)
+    assert values["say agreement"] == pytest.approx(95.0) and values["act agreement"] == 100.0
+    assert details["closed_loop"]["agreement_where_either_reacts"] == 0.0
+    assert values["mel distortion"] == values["memory error"] == 0.0  # the same graph twice
+    assert values["long run"] == 10 and values.keys() == GATES.keys()
+
+
+def test_memory_that_drifts_apart_shows_at_the_end() -> None:
+    class Drifting(ProbeEngine):
+        launches = 0
+
+        def run(self) -> None:
+            super().run()
+            self.launches += 1
+            self.outputs["new_key_0"][...] *= 1 + 1e-3 * self.launches
+
+    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), Drifting(float_model(), SMALL)], 0)
+    for record in lively()[:40]:
+        run.step({name: record[name] for name in record.dtype.names or ()})
+    first, last = run.memory()
+    assert last > 2 * first > 0
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles")
+    data = write_set(folder / "set", [lively()])
+    float_bundle(folder / "float", CONFIG)
+    float_bundle(folder / "other", SMALL)
+    assert (
+        cli.main(["quantize", str(folder / "float"), "--precision", "fp16", "--calibration", str(data), "--out", str(folder / "fp16")]) == 0
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("bundle", "against", "message"),
+    [("float", "float", "nothing to prove"), ("fp16", "other", "was not made from"), ("fp16", "fp16", "no proof")],
+)
+def test_a_pair_that_does_not_belong_together_is_refused(
+    bundles: Path, bundle: str, against: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(bundles / bundle), "--against", str(bundles / against), "--data", str(bundles)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_what_passes_every_gate_gets_a_proof(
+    bundles: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With people of the test split; a model of random weights, which does the same in both precisions."""
+    monkeypatch.setattr(module, "GROUPS", ("mixture", "count"))
+    arguments = ["verify", str(bundles / "fp16"), "--against", str(bundles / "float"), "--data", str(data_root), "--jobs", "1"]
+    arguments += ["--scenes", "1", "--ticks", "200"]
+    before = (bundles / "fp16" / MANIFEST_NAME).read_bytes()
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "not proven: scenes, long run." in error and "No proof was written" in error
+    assert (bundles / "fp16" / MANIFEST_NAME).read_bytes() == before
+    for name, enough in (("scenes", 2.0), ("long run", 200.0)):
+        monkeypatch.setitem(GATES, name, Gate("", False, dict.fromkeys(("fp16", "int8"), enough), ""))
+    assert cli.main(arguments) == 0
+    assert "| say agreement, % of ticks | 100.000 | ≥ 99.5 | passed |" in capsys.readouterr().out
+    proof: dict[str, Any] = Bundle.open(bundles / "fp16").manifest["proof"]
+    assert proof["closed_loop"]["scenes"] == 2 and proof["long_run"]["ticks"] == 200
+    assert proof["against"] == Bundle.open(bundles / "float").digest and len(proof["data"]["sha256"]) == 64
+    assert cli.main(["show", str(bundles / "fp16")]) == 0
+    assert "gate      say agreement: 100.000" in capsys.readouterr().out
+
+
+def test_the_digest_of_the_people_depends_on_every_one(corpus) -> None:  # type: ignore[no-untyped-def]
+    before = corpus_digest(corpus)
+    clip = corpus.real.others[0]
+    kept = clip.samples[0]
+    clip.samples[0] += 0.01
+    try:
+        assert corpus_digest(corpus) != before
+    finally:
+        clip.samples[0] = kept
+    assert corpus_digest(corpus) == before
