@@ -21,7 +21,7 @@ from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError,
 from device.bundle import Bundle, BundleError, copresence_version
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
-from device.engine import OnnxRuntimeEngine
+from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Loop, NoActuator, TextQueue
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except (UsageError, BundleError, ConfigError, TensorMismatch, SourceError, AudioDeviceError, OSError) as error:
+    except (UsageError, BundleError, ConfigError, TensorMismatch, SourceError, AudioDeviceError, EngineError, OSError) as error:
         print(f"copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
 
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs a bundle until the microphone file (or, without one, the camera file) ends, or Ctrl-C.",
     )
     run.add_argument("--bundle", required=True, help="a bundle made by 'copresence-export build'")
+    run.add_argument(
+        "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
+    )
     run.add_argument(
         "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
     )
@@ -106,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
-        session = Session(config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed)
+        session = Session(config, _open_engine(arguments.engine, bundle, stack), arguments.seed)
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
@@ -131,6 +134,14 @@ def _run(arguments: argparse.Namespace) -> int:
         finally:
             events.close()
     return _report(arguments, summary, [("--events", events.fault), ("--speaker", recording.fault if recording else None)])
+
+
+def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+    if folder is None:
+        return OnnxRuntimeEngine(bundle.graph, bundle.config)
+    from device.engine.tensorrt import TensorRtEngine
+
+    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
 
 
 def _is_file(choice: str | None) -> bool:
@@ -221,6 +232,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "engine": "onnxruntime" if arguments.engine is None else str(arguments.engine),
         "bundle": bundle.name,
         "bundle_sha256": bundle.digest,
         "config": bundle.config.to_dict(),
