@@ -174,19 +174,19 @@ class Graph:
     def __init__(self, gpu: Gpu, work: Callable[[], None]) -> None:
         self._executable: Any = None
         try:
-            from cuda.bindings import driver
+            from cuda.bindings import driver as graphs
         except ImportError:
             self.launch = work
             return
-        self._driver, self._stream = driver, driver.CUstream(gpu.stream.handle)
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._checked(driver.cuStreamBeginCapture(self._stream, mode))
+        self._graphs, self._stream = graphs, graphs.CUstream(gpu.stream.handle)
+        mode = graphs.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._checked(graphs.cuStreamBeginCapture(self._stream, mode))
         try:
             work()
         finally:
-            graph = self._checked(driver.cuStreamEndCapture(self._stream))
-        self._executable = self._checked(driver.cuGraphInstantiate(graph, 0))
-        self._checked(driver.cuGraphDestroy(graph))
+            graph = self._checked(graphs.cuStreamEndCapture(self._stream))
+        self._executable = self._checked(graphs.cuGraphInstantiate(graph, 0))
+        self._checked(graphs.cuGraphDestroy(graph))
         self.launch = self._launch
 
     @property
@@ -194,15 +194,15 @@ class Graph:
         return self._executable is not None
 
     def _launch(self) -> None:
-        self._checked(self._driver.cuGraphLaunch(self._executable, self._stream))
+        self._checked(self._graphs.cuGraphLaunch(self._executable, self._stream))
 
     def close(self) -> None:
         if self._executable is not None:
-            self._checked(self._driver.cuGraphExecDestroy(self._executable))
+            self._checked(self._graphs.cuGraphExecDestroy(self._executable))
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         """cuda.bindings answers (status, value …); raises EngineFailure."""
-        if answer[0] != self._driver.CUresult.CUDA_SUCCESS:
+        if answer[0] != self._graphs.CUresult.CUDA_SUCCESS:
             raise EngineFailure(f"the GPU failed on a graph ({answer[0]!r}); start again, or uninstall cuda-bindings to run without graphs")
         return answer[1] if len(answer) > 1 else None
 
