@@ -62,14 +62,12 @@ def describe(name: str, value: Any, depth: int = 0) -> Node:
     if inspect.isclass(value):
         members = getattr(value, "__members__", None)
         node: Node = {"kind": "class" if members is None else "enum"}
-        names = set(members) if members else {n for n in dir(value) if not n.startswith("_") or n == "__init__"} | {"__call__", "__int__"}
-        node["members"] = (
-            {n: describe(n, inspect.getattr_static(value, n), depth + 1) for n in names if any(n in vars(base) for base in value.__mro__)}
-            if depth < 2
-            else {}
-        )
-        if not members and issubclass(value, BaseException):
-            node["members"] = {}
+        offered = {n for n in dir(value) if not n.startswith("_") or n == "__init__"} | {"__call__", "__int__"}
+        names = set(members or ()) if members is not None else offered
+        if depth == 2 or issubclass(value, BaseException):
+            names = set()
+        own = {n for n in names if any(n in vars(base) for base in value.__mro__)}
+        node["members"] = {n: describe(n, inspect.getattr_static(value, n), depth + 1) for n in own}
         return node
     if isinstance(value, staticmethod):
         value = value.__func__
