@@ -18,6 +18,11 @@ Node = dict[str, Any]
 SIGNATURE = re.compile(r"^(?:\d+\. )?(\w+)\((.*?)\)(?: -> (.+))?$", re.MULTILINE)
 
 
+def last(path: str) -> str:
+    """The name at the end of a path of Python or of C++."""
+    return re.split(r"[.:]", path)[-1]
+
+
 def split(text: str) -> list[str]:
     """At the commas that are in no bracket."""
     parts, depth, current = [], 0, ""
@@ -43,7 +48,7 @@ def overloads(name: str, doc: str | None) -> list[Node] | None:
             if param != "self":
                 params.append(param)
                 required += not default
-        found.append({"params": params, "required": required, "returns": (match[3] or "").rsplit(".", 1)[-1]})
+        found.append({"params": params, "required": required, "returns": last(match[3] or "")})
     return found or None
 
 
@@ -73,7 +78,7 @@ def describe(name: str, value: Any, depth: int = 0) -> Node:
         value = value.__func__
     if isinstance(value, property):
         text = re.search(r"-> (.+)$", (value.fget.__doc__ or "").strip(), re.MULTILINE)
-        return {"kind": "value", "returns": text[1].rsplit(".", 1)[-1] if text else ""}
+        return {"kind": "value", "returns": last(text[1]) if text else ""}
     if callable(value):
         return {"kind": "callable", "overloads": overloads(name, value.__doc__) or from_python(value)}
     return {"kind": "value", "returns": ""}

@@ -6,6 +6,8 @@ Names with an underscore are for the tests.
 from __future__ import annotations
 
 import enum
+import json
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,12 @@ __version__ = "10.3.0"
 _MAGIC = b"double of a TensorRT engine\n"
 _fail_launch_from: int | None = None  # the number of the first launch that fails
 _launches = 0
+_refused: ParserError | None = None  # by the parser
+_build_error: str | None = None
+_stall = False  # in the middle of a build
+_layers: list[dict[str, Any]] = [{"Name": "all", "LayerType": "kgen", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}]
+_creation_flags: list[int] = []
+_given_caches: list[bytes] = []
 
 
 class DataType(enum.Enum):
@@ -90,6 +98,9 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._io[name][0].shape)
 
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector()
+
     def create_execution_context(self) -> IExecutionContext | None:
         if _cuda._device_bytes_left < 1 << 16:  # activations
             self._logger.log(ILogger.Severity.ERROR, "createExecutionContext: out of memory")
@@ -121,3 +132,138 @@ class IExecutionContext:
         run: Any = self._engine._session.run_with_iobinding
         _cuda._streams[stream_handle]._put(lambda: run(self._binding))
         return True
+
+
+class LayerInformationFormat(enum.Enum):
+    JSON = 1
+
+
+class EngineInspector:
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        return json.dumps({"Layers": _layers, "Bindings": []})
+
+
+class BuilderFlag(enum.Enum):
+    TF32 = 7
+
+
+class ProfilingVerbosity(enum.Enum):
+    DETAILED = 2
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class IHostMemory:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __bytes__(self) -> bytes:
+        return self._data
+
+
+class ITimingCache:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def serialize(self) -> IHostMemory:
+        return IHostMemory(self._data + b"timed;")
+
+
+class IProgressMonitor:
+    def __init__(self) -> None:
+        pass
+
+    def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        raise NotImplementedError
+
+    def phase_finish(self, phase_name: str) -> None:
+        raise NotImplementedError
+
+
+class IBuilderConfig:
+    def __init__(self) -> None:
+        self.progress_monitor: IProgressMonitor | None = None
+        self.profiling_verbosity: ProfilingVerbosity | None = None
+        self._cache: ITimingCache | None = None
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        pass
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+        _given_caches.append(serialized_timing_cache)
+        return ITimingCache(serialized_timing_cache)
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        self._cache = cache
+        return True
+
+    def get_timing_cache(self) -> ITimingCache | None:
+        return self._cache
+
+
+class INetworkDefinition:
+    def __init__(self) -> None:
+        self._graph = b""
+
+
+class ParserError:
+    def __init__(self, operator: str, node: str, words: str) -> None:
+        self._told = (operator, node, words)
+
+    def node_operator(self) -> str:
+        return self._told[0]
+
+    def node_name(self) -> str:
+        return self._told[1]
+
+    def desc(self) -> str:
+        return self._told[2]
+
+
+class OnnxParser:
+    def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
+        self._network = network
+
+    def parse(self, model: bytes) -> bool:
+        self._network._graph = model
+        return _refused is None
+
+    @property
+    def num_errors(self) -> int:
+        return int(_refused is not None)
+
+    def get_error(self, index: int) -> ParserError:
+        assert _refused is not None
+        return _refused
+
+
+class Builder:
+    def __init__(self, logger: ILogger) -> None:
+        self._logger = logger
+
+    def create_network(self, flags: int = 0) -> INetworkDefinition:
+        _creation_flags.append(flags)
+        return INetworkDefinition()
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
+        monitor = config.progress_monitor
+        assert monitor is not None and config.profiling_verbosity == ProfilingVerbosity.DETAILED
+        monitor.phase_start("Building", "", 4)
+        for step in range(4):
+            if not monitor.step_complete("Building", step):
+                return None
+            while _stall and step == 1:
+                time.sleep(0.01)
+        monitor.phase_finish("Building")
+        if _build_error:
+            self._logger.log(ILogger.Severity.ERROR, _build_error)
+            return None
+        return IHostMemory(_MAGIC + network._graph)
