@@ -35,6 +35,15 @@ demo: $(VENV)/.demo bundle ## make a scene, run the companion on it in real time
 bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository
 	$(BIN)/copresence-export build $(CHECKPOINT) --out $(BUNDLE)
 
+.PHONY: engine
+engine: bundle ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=orin-nano-super
+	$(if $(and $(HOST),$(TARGET)),,$(error give HOST=user@board and TARGET, one of export/targets.toml))
+	ssh $(HOST) mkdir -p copresence/build
+	rsync -a --delete --include='*.py' --include='*.toml' --include='*/' --exclude='*' --prune-empty-dirs device export $(HOST):copresence/
+	rsync -a --delete $(BUNDLE)/ $(HOST):copresence/$(BUNDLE)/
+	ssh -t $(HOST) "cd copresence && python3 -m export.cli compile $(BUNDLE) --target $(TARGET)"
+	rsync -a $(HOST):copresence/$(BUNDLE).$(TARGET).engine $(dir $(BUNDLE))
+
 .PHONY: test
 test: lint ## everything that CI checks: lint, then the tests
 	$(BIN)/pytest

@@ -22,7 +22,7 @@ from device.bundle import Bundle, BundleError, copresence_version
 from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
-from device.engine import OnnxRuntimeEngine
+from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
@@ -51,6 +51,7 @@ USER_ERRORS = (
     KeyFileError,
     VersionMemoryError,
     ConfigError,
+    EngineError,
     TensorMismatch,
     SourceError,
     AudioDeviceError,
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs a bundle until the microphone file (or, without one, the camera file) ends, or Ctrl-C.",
     )
     run.add_argument("--bundle", required=True, help="a bundle made by 'copresence-export build'")
+    run.add_argument(
+        "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
+    )
     run.add_argument(
         "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
     )
@@ -141,14 +145,13 @@ def _run(arguments: argparse.Namespace) -> int:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
+        engine = _open_engine(arguments.engine, bundle, stack)
+        if trust:
+            trust.memory.remember(bundle.version, bundle.path)
         calibration = None
         if arguments.record_calibration is not None:
             calibration = CalibrationRecorder(arguments.record_calibration, config, bundle.digest, arguments.seed, patient=not realtime)
-        session = Session(
-            config, OnnxRuntimeEngine(bundle.graph, config), arguments.seed, None if calibration is None else calibration.record
-        )
-        if trust:
-            trust.memory.remember(bundle.version, bundle.path)
+        session = Session(config, engine, arguments.seed, None if calibration is None else calibration.record)
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
@@ -179,6 +182,14 @@ def _run(arguments: argparse.Namespace) -> int:
         lost = f"{calibration.dropped} ticks came faster than they could be written" if calibration.dropped else None
         faults.append(("--record-calibration", calibration.fault or lost))
     return _report(arguments, summary, faults)
+
+
+def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+    if folder is None:
+        return OnnxRuntimeEngine(bundle.graph, bundle.config)
+    from device.engine.tensorrt import TensorRtEngine
+
+    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
 
 
 def _is_file(choice: str | None) -> bool:
@@ -280,6 +291,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "engine": "onnxruntime" if arguments.engine is None else str(arguments.engine),
         "bundle": bundle.name,
         "bundle_sha256": bundle.digest,
         "bundle_version": bundle.version,

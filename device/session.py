@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from device.config import ModelConfig
 from device.engine import Buffers, Engine
 from device.positions import clock_features, rope_table, tick_noise
-from device.tensors import layer_tokens, layer_window, tensor_table
 
 
 class Decision(NamedTuple):
@@ -27,41 +26,27 @@ class Decision(NamedTuple):
 
 
 class Rings:
-    """The state tensors between ticks, which live in the engine's own input buffers.
-
-    Slot `tick mod window` of a ring takes the tick's keys and values after the launch, so that during the launch the
-    ring holds the `window` ticks before it.
-    """
+    """Which ticks the engine's memory holds: what it took over, and what was lost."""
 
     def __init__(self, config: ModelConfig, engine: Engine) -> None:
-        inputs, outputs = engine.inputs, engine.outputs
-        self._valid = (inputs["perceive_valid"], inputs["present_valid"])
-        self._slots = []  # (ring [heads, window, tokens, head_dim], this tick's slice)
-        for layer in range(config.layers):
-            shape = (config.trunk.heads, layer_window(config, layer), layer_tokens(config, layer), config.head_dim)
-            for what in ("key", "value"):
-                self._slots.append((inputs[f"{what}_{layer}"].reshape(shape), outputs[f"new_{what}_{layer}"]))
-        states = [row.name for row in tensor_table(config) if row.role == "state" and row.name.startswith("vocoder_")]
-        self._vocoder = [(inputs[name], outputs[f"new_{name}"]) for name in states]
-        for array in (*self._valid, *(ring for ring, _ in self._slots), *(state for state, _ in self._vocoder)):
-            array[...] = 0  # nothing remembered, the vocoder silent
+        self._memory = engine.memory
+        self._valid = (engine.inputs["perceive_valid"], engine.inputs["present_valid"])
+        self._memory.clear()
+        for valid in self._valid:
+            valid[...] = 0
         self.longest = max(valid.size for valid in self._valid)  # ticks
 
     def absorb(self, tick: int) -> None:
         """Take over what the launch of `tick` put out."""
-        for ring, new in self._slots:
-            ring[:, tick % ring.shape[1]] = new
+        self._memory.absorb(tick)
         for valid in self._valid:
             valid[tick % valid.size] = 1
-        for state, new in self._vocoder:
-            state[...] = new
 
     def lose(self, tick: int) -> None:
         """`tick` was not run: its slots are absent until a later tick takes them, and the voice has broken off."""
         for valid in self._valid:
             valid[tick % valid.size] = 0
-        for state, _ in self._vocoder:
-            state[...] = 0
+        self._memory.break_voice()
 
 
 class Session:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +20,11 @@ from device.tensors import tensor_table
 from export.checkpoint import Checkpoint, read_checkpoint
 from export.errors import ExportError
 from export.graph import build_graph
+from export.replacing import replacing
+from export.ticks import TICKS_NAME, store_ticks
 
 # The largest relative error against PyTorch that a bundle may have: float32 sums in another order.
 PARITY_LIMIT = 1e-4
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 NEAR_SILENCE = 0.01  # of full scale: an error is not measured against less
 
 
@@ -59,13 +54,15 @@ def _write(checkpoint: Checkpoint, model: onnx.ModelProto, out: Path) -> dict[st
         onnx.save(model, folder / GRAPH_NAME)
         text = checkpoint.config.text
         (folder / VOCABULARY_NAME).write_text(json.dumps({"words": text.words, "acts": text.acts}, indent=1) + "\n")
-        parity = measure_parity(OnnxRuntimeEngine(folder / GRAPH_NAME, checkpoint.config), checkpoint)
+        engine = OnnxRuntimeEngine(folder / GRAPH_NAME, checkpoint.config)
+        parity = measure_parity(engine, checkpoint)
         for name, error in parity.items():
             if not error <= PARITY_LIMIT:
                 raise BuildError(
                     f"{checkpoint.name}: '{name}' of the graph differs from the reference ticks by {error:.1e} (limit {PARITY_LIMIT:.0e}); "
                     "write the reference again from these weights"
                 )
+        store_ticks(engine, checkpoint.config, folder / TICKS_NAME)
         (folder / MANIFEST_NAME).write_text(json.dumps(_manifest(checkpoint, folder, parity), indent=1) + "\n")
     return parity
 
@@ -97,7 +94,7 @@ def _scale(values: NDArray[np.generic]) -> float:
 
 def _manifest(checkpoint: Checkpoint, folder: Path, parity: dict[str, float]) -> dict[str, Any]:
     files = {}
-    for name in (GRAPH_NAME, VOCABULARY_NAME):
+    for name in (GRAPH_NAME, VOCABULARY_NAME, TICKS_NAME):
         data = (folder / name).read_bytes()
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     tools = {name: importlib.metadata.version(name) for name in ("copresence", "numpy", "onnx", "onnxruntime", "safetensors")}
@@ -112,34 +109,6 @@ def _manifest(checkpoint: Checkpoint, folder: Path, parity: dict[str, float]) ->
         "parity": {"reference_ticks": len(checkpoint.reference["mic"]), "relative_error": parity},
         "tools": tools | {"python": platform.python_version()},
     }
-
-
-@contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of `out` when the block ends well, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new = scratch / "new"
-        new.mkdir()
-        yield new
-        for file in new.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        if out.exists():
-            _exchange(new, out)
-        else:
-            new.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders in one step, so that a kill at any time leaves a whole bundle; raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"folders cannot be exchanged in one step: {os.strerror(code)}")
 
 
 def show(bundle: Bundle) -> str:

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-from device.bundle import BundleError
+from device.bundle import BundleError, copresence_version
 from device.calibration import CalibrationError
 from device.config import ConfigError
+from device.engine import EngineError
 from device.signature import KeyFileError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
@@ -19,7 +19,7 @@ from export.errors import ExportError
 PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16")
 
 # Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ExportError, BundleError, CalibrationError, KeyFileError, ConfigError, TensorMismatch, OSError)
+USER_ERRORS = (ExportError, BundleError, CalibrationError, KeyFileError, ConfigError, EngineError, TensorMismatch, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="copresence-export", description="Checkpoints to bundles, and what belongs to it.")
-    parser.add_argument("--version", action="version", version=f"copresence-export {version('copresence')}")
+    parser.add_argument("--version", action="version", version=f"copresence-export {copresence_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="checkpoint to bundle: graph, vocabulary and manifest, proven against the reference ticks")
@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write; an older bundle there is replaced when the new one is whole",
     )
     build.set_defaults(run=_build)
+
+    compile_ = commands.add_parser("compile", help="bundle to TensorRT engine, on the board that will run it; compared with ONNX Runtime")
+    compile_.add_argument("bundle", type=Path)
+    compile_.add_argument("--target", required=True, metavar="NAME", help="board, as in export/targets.toml")
+    compile_.add_argument("--out", type=Path, metavar="FOLDER", help="default: BUNDLE.NAME.engine; an older engine there stays until then")
+    compile_.set_defaults(run=_compile)
 
     show = commands.add_parser("show", help="print a bundle readably, after checking it")
     show.add_argument("bundle", type=Path)
@@ -183,6 +189,12 @@ def _build(a: argparse.Namespace) -> None:
 
     parity = build(a.checkpoint, a.out)
     print(f"{a.out}: built; largest relative error against the reference: " + ", ".join(f"{n} {e:.1e}" for n, e in parity.items()))
+
+
+def _compile(a: argparse.Namespace) -> None:
+    from export.compile import compile_engine
+
+    print(f"\n{compile_engine(a.bundle, a.target, a.out)}: compiled; run it with: copresence run --bundle {a.bundle} --engine DIR")
 
 
 def _show(a: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from device.bundle import MANIFEST_NAME, Bundle
 from device.signature import HIGHEST_VERSION, SIGNATURE_NAME, KeyFileError, Trust, TrustedKeys, VersionMemory, key_id, read_bounded
-from export.build import replacing
 from export.errors import ExportError
+from export.replacing import replacing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,3 +48,21 @@ def corpus() -> Corpus:
     words = {word: [tone(word, 200.0 + 100 * i)] for i, word in enumerate(COMMANDS)}
     hands = {digit: [(draw_hand(digit, rng), "nobody")] for digit in range(10)}
     return Corpus(Voices(words, [tone("bed", 1500.0)]), [], hands)
+
+
+@pytest.fixture
+def double() -> Iterator[Any]:
+    """tests/doubles in place of tensorrt, pycuda and cuda.bindings, as new; the value is the double of tensorrt.
+
+    Ask for it before `monkeypatch`, so that a patch of theirs is undone before they are forgotten.
+    """
+
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "pycuda", "cuda")]:
+            del sys.modules[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "tests" / "doubles"))
+        forget()
+        yield importlib.import_module("tensorrt")
+    forget()

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ticks import SMALL, make_model
 
 from device.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle
-from export import build as build_module
+from export import replacing
 from export.build import PARITY_LIMIT
 from export.checkpoint import REFERENCE_NAME, WEIGHTS_NAME, read_checkpoint, write_checkpoint
 from export.cli import main
@@ -199,14 +199,14 @@ def test_a_bundle_is_replaced_in_one_step(checkpoint: Path, tmp_path: Path, monk
     out = tmp_path / "bundle"
     assert build(checkpoint, out) == 0
     inode, seen = out.stat().st_ino, []
-    exchange = build_module._exchange
+    exchange = replacing._exchange
 
     def watched(new: Path, old: Path) -> None:
         seen.append(Bundle.open(old).digest)  # whole until the very step
         exchange(new, old)
         seen.append(Bundle.open(old).digest)  # and at once after it
 
-    monkeypatch.setattr(build_module, "_exchange", watched)
+    monkeypatch.setattr(replacing, "_exchange", watched)
     assert build(checkpoint, out) == 0
     assert len(seen) == 2 and out.stat().st_ino != inode
     assert sorted(os.listdir(tmp_path)) == ["bundle", "tiny"]

@@ -23,7 +23,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self._engine = ProbeEngine(float_model(), SMALL)
-        self.inputs, self.outputs = self._engine.inputs, self._engine.outputs
+        self.inputs, self.outputs, self.memory = self._engine.inputs, self._engine.outputs, self._engine.memory
         self.seen: list[Buffers] = []
 
     def run(self) -> None:

@@ -22,6 +22,7 @@ else:
 
 TOP_LEVEL = {"device", "export", "firmware_bridge", "tests", "Makefile", "README.md", "LICENSE", "pyproject.toml"}
 PROGRAMS = ("copresence", "copresence-export", "copresence-bridge")
+ELSEWHERE = {"cuda": "cuda-bindings"}  # whose module is not called as the distribution, and that is not installed here
 PACKAGES = ("device", "export", "firmware_bridge")
 
 
@@ -62,6 +63,7 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
     """What each package imports is what its extras install, so that a board or a workstation gets no ImportError."""
     roles = {
         "device": ("board", "jetson", "libcamera"),
+        "device/engine": ("jetson",),
         "export": ("export",),
         "export/distill": ("distill", "dev"),
         "export/scoreboard": ("scoreboard",),
@@ -77,7 +79,7 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
         files = sorted((repository / folder).glob("*.py"))
         for path in files:
             for module in _imports(path) - sys.stdlib_module_names - set(PACKAGES) - {file.stem for file in files}:
-                installed_as = {canonicalize_name(name) for name in distributions.get(module, [module])}
+                installed_as = {canonicalize_name(name) for name in distributions.get(module, [ELSEWHERE.get(module, module)])}
                 assert installed_as & declared, f"{path.relative_to(repository)} imports {module}, which extras {names} do not install"
 
 

@@ -27,7 +27,7 @@ from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, BundleError
 from device.camera import NoCamera
 from device.cli import main, parse_text
 from device.config import ConfigError, ModelConfig, TextConfig, TrunkConfig
-from device.engine import OnnxRuntimeEngine, allocate
+from device.engine import HostMemory, OnnxRuntimeEngine, allocate
 from device.events import Background, EventLog, Recording
 from device.loop import Loop, NoActuator, TextQueue
 from device.positions import clock_features, rope_table, tick_noise
@@ -204,6 +204,7 @@ class FakeEngine:
 
     def __init__(self, stall_s: Callable[[int], float] = lambda run: 0.0) -> None:
         self.inputs, self.outputs = allocate(CONFIG)
+        self.memory = HostMemory(CONFIG, self.inputs, self.outputs)
         self.given: list[dict[str, np.ndarray]] = []
         self._stall_s = stall_s
 

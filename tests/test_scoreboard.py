@@ -11,7 +11,7 @@ from ticks import SMALL
 
 from device.audio import Samples
 from device.config import ModelConfig
-from device.engine import allocate
+from device.engine import HostMemory, allocate
 from export.distill.behaviours import ACTS, WORDS
 from export.distill.corpus import Corpus
 from export.distill.scenes import Scene, make_scene
@@ -146,6 +146,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.inputs, self.outputs = allocate(CONFIG)
+        self.memory = HostMemory(CONFIG, self.inputs, self.outputs)
         self.seen: dict[str, np.ndarray] = {}
 
     def run(self) -> None:

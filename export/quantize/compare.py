@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from device.config import ModelConfig
-from device.engine import Buffers, Engine, allocate
+from device.engine import Buffers, Engine, HostMemory, Memory, allocate
 from device.tensors import tensor_table
 from export.filters import hann, mel_filters
 
@@ -45,6 +45,7 @@ class ProbeEngine:
             shown.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
         )
         self.inputs, self.outputs = allocate(config)
+        self.memory: Memory = HostMemory(config, self.inputs, self.outputs)
         self._names, self.probes = [*self.outputs, *inside], dict[str, np.ndarray]()
 
     def run(self) -> None:

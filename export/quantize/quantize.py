@@ -13,12 +13,14 @@ from typing import Any
 import onnx
 
 from device.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle
-from export.build import replacing
+from device.engine import OnnxRuntimeEngine
 from export.quantize.compare import Difference, ProbeEngine, compare
 from export.quantize.placement import Layer, Precision, QuantizeError, find_layers, place
 from export.quantize.ranges import Histogram, Range, choose, picture
 from export.quantize.recordings import DataSet, outputs_of, progress
 from export.quantize.sensitivity import Scan, keep_under_budget, scan, write_scan
+from export.replacing import replacing
+from export.ticks import TICKS_NAME, store_ticks
 
 REPORT_NAME = "quantization.json"
 COMPARED_TICKS = 400  # of the calibration set, for the error written into the report
@@ -100,9 +102,10 @@ def _write(bundle: Bundle, model: onnx.ModelProto, out: Path, precision: Precisi
     try:
         with replacing(out) as folder:
             for name in bundle.manifest["files"]:
-                if name != GRAPH_NAME:
+                if name not in (GRAPH_NAME, TICKS_NAME):
                     (folder / name).write_bytes((bundle.path / name).read_bytes())
             onnx.save(model, folder / GRAPH_NAME)
+            store_ticks(OnnxRuntimeEngine(folder / GRAPH_NAME, bundle.config), bundle.config, folder / TICKS_NAME)
             (folder / REPORT_NAME).write_text(json.dumps(report) + "\n")
             (folder / MANIFEST_NAME).write_text(json.dumps(_manifest(bundle, folder, precision, data, report), indent=1) + "\n")
     except OSError as error:

@@ -64,7 +64,7 @@ class _Witness:
     """An engine that remembers what was chosen."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+        self._engine, self.inputs, self.outputs, self.memory = engine, engine.inputs, engine.outputs, engine.memory
         self._said: list[np.ndarray] = []
         self._acted: list[int] = []
 

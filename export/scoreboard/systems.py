@@ -60,7 +60,7 @@ class MaskedEngine:
 
     def __init__(self, engine: Engine, c: ModelConfig, mask: Mask) -> None:
         self._engine, self._config, self._mask = engine, c, mask
-        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.inputs, self.outputs, self.memory = engine.inputs, engine.outputs, engine.memory
 
     def run(self) -> None:
         self._mask(self._config, self.inputs)

@@ -1,37 +1,16 @@
-"""Engines: one launch computes one tick, on buffers that are allocated once and never move."""
+"""The engine that runs anywhere: ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from device.bundle import Signature, require_tensors
 from device.config import ModelConfig
+from device.engine.interface import HostMemory, Memory, allocate
 from device.tensors import TensorMismatch, tensor_table
 
-Buffers = dict[str, np.ndarray]
-
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}  # ONNX Runtime's names
-
-
-class Engine(Protocol):
-    """`inputs` and `outputs` hold one array for each row of the tensor table; `run` reads the one and fills the other."""
-
-    inputs: Buffers
-    outputs: Buffers
-
-    def run(self) -> None: ...
-
-
-def allocate(config: ModelConfig) -> tuple[Buffers, Buffers]:
-    """Zeroed arrays for every tensor that enters the tick graph, and for every one that leaves it."""
-    rows = tensor_table(config)
-    return (
-        {row.name: np.zeros(row.shape, row.dtype) for row in rows if row.enters},
-        {row.name: np.zeros(row.shape, row.dtype) for row in rows if not row.enters},
-    )
 
 
 class OnnxRuntimeEngine:
@@ -62,6 +41,7 @@ class OnnxRuntimeEngine:
         require_tensors(inputs, (r for r in rows if r.enters), f"{graph}, inputs")
         require_tensors(outputs, (r for r in rows if not r.enters), f"{graph}, outputs")
         self.inputs, self.outputs = allocate(config)
+        self.memory: Memory = HostMemory(config, self.inputs, self.outputs)
         self._session, self._binding = session, session.io_binding()
         for name, array in self.inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
