@@ -141,6 +141,17 @@ def test_what_stays_in_float_is_there_and_is_no_layer(pattern: str) -> None:
     assert matching and not nodes & set(matching)
 
 
+def test_what_stays_in_float_lies_in_the_file_as_float16(scales: dict[str, float]) -> None:
+    model = float_model()
+    placed = place(model, dict.fromkeys((y.name for y in find_layers(model)), "int8"), scales)
+    constants = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
+    before = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    for name in ("audio.heard.weight", "audio.played.weight", "flow.leave.weight", "text.said.weight"):
+        assert name not in constants and constants[f"{name}/fp16"].dtype == np.float16
+        assert np.abs(constants[f"{name}/fp16"] - before[name]).max() <= 1e-3 * np.abs(before[name]).max()
+    assert constants["audio.mel_filters"].dtype == np.float32, "fixed matrices are exact"
+
+
 def test_attention_between_activations_stays_in_float(scales: dict[str, float]) -> None:
     nodes = {node for y in find_layers(float_model()) for node in y.nodes}
     assert nodes and not any("attention" in node for node in nodes)

@@ -92,6 +92,7 @@ class _Placed:
     def __init__(self, model: onnx.ModelProto, scales: Mapping[str, float], opset: int) -> None:
         self._model, self._scales, self._opset = model, scales, opset
         self._nodes: list[onnx.NodeProto] = []
+        self._widened: list[onnx.NodeProto] = []
         self._new: dict[str, onnx.TensorProto] = {}
         self._made: set[str] = set()
 
@@ -132,14 +133,23 @@ class _Placed:
     def finish(self) -> onnx.ModelProto:
         graph = self._model.graph
         used = {name for node in self._nodes for name in node.input}
-        kept = [i for i in graph.initializer if i.name in used]
-        made = helper.make_graph(self._nodes, graph.name, graph.input, graph.output, [*kept, *self._new.values()])
+        kept = [self._stored(i) for i in graph.initializer if i.name in used]
+        nodes = [*self._widened, *self._nodes]
+        made = helper.make_graph(nodes, graph.name, graph.input, graph.output, [*kept, *self._new.values()])
         ir = max(self._model.ir_version, _IR_INT4 if self._opset == _OPSET_INT4 else 9)
         model = helper.make_model(
             made, opset_imports=[helper.make_opsetid("", self._opset)], ir_version=ir, producer_name=self._model.producer_name
         )
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def _stored(self, weight: onnx.TensorProto) -> onnx.TensorProto:
+        """Trained matrices and tables that stay float32 lie in the file as float16; whoever loads the graph folds the cast away."""
+        if len(weight.dims) != 2 or not weight.name.endswith(".weight"):
+            return weight
+        name = f"{weight.name}/fp16"
+        self._widened.append(helper.make_node("Cast", [name], [weight.name], name=f"{weight.name}/widened", to=TensorProto.FLOAT))
+        return numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), name)
 
     def _activation(self, x: str, node: str) -> str:
         if x not in self._scales:
