@@ -120,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     verify.set_defaults(run=_verify)
 
+    report = commands.add_parser("report", help="one HTML page: what a bundle was made from, the proof, precisions, calibration and cost")
+    report.add_argument("bundle", type=Path)
+    report.add_argument("--engine", type=Path, metavar="FOLDER", help="made of this bundle by 'compile': its layers and its measured time")
+    report.add_argument("--out", type=Path, metavar="PAGE.html", help="default: BUNDLE.html; an older page there stays until then")
+    report.set_defaults(run=_report)
+
     train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
     distill = commands.add_parser("distill", help="the same with a teacher, whose probabilities are half of what is learned")
     distill.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder that `train` wrote")
@@ -221,6 +227,12 @@ def _verify(a: argparse.Namespace) -> None:
     from export.quantize.verify import table, verify
 
     print(table(verify(a.bundle, a.against, a.data, a.split, a.scenes, a.ticks, a.seed, a.jobs)))
+
+
+def _report(a: argparse.Namespace) -> None:
+    from export.report.report import report
+
+    print(f"{report(a.bundle, a.out, a.engine)}: written; open it in any browser")
 
 
 def _keygen(a: argparse.Namespace) -> None:
