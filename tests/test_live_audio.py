@@ -119,19 +119,22 @@ LISTEN_TO_ONESELF = """
 import sys
 import numpy as np
 from device.live_audio import LiveMicrophone, LiveSpeaker
+from device.steering import Steering
 from device.ticker import RealtimeTicker
 
 tick, ticks = 3200, 15
 mic = LiveMicrophone(16000, tick)
-speaker, ticker = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000)
+speaker, ticker, steering = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
 captured, voice = np.zeros((ticks, tick), np.float32), np.zeros((ticks, tick), np.float32)
 random = np.random.default_rng(0)
 for device in (mic, speaker, ticker):
     device.start()
 for k in range(ticks):
-    end = ticker.wait(k).tick * tick + tick
-    ticker.steer(mic.sync(end) * 62_500)
+    edge = ticker.wait(k)
+    end = edge.tick * tick + tick
+    mic.sync(end)
     speaker.sync(end)
+    ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
     mic.read(end - tick, captured[k])
     speaker.heard(end - tick, voice[k])
     speaker.put(end + 1600, random.uniform(-0.5, 0.5, tick).astype(np.float32))

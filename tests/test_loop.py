@@ -32,6 +32,7 @@ from device.events import Background, EventLog, Recording
 from device.loop import Loop, NoActuator, TextQueue
 from device.positions import clock_features, rope_table, tick_noise
 from device.session import Session
+from device.steering import Steering
 from device.tensors import TensorMismatch, layer_tokens, layer_window, tensor_table
 from device.ticker import RealtimeTicker, SimulatedTicker
 
@@ -327,6 +328,7 @@ class Run:
             config=CONFIG,
             session=Session(CONFIG, engine),
             ticker=ticker,
+            steering=Steering(tick_ns),
             line=line,
             camera=NoCamera(CONFIG),
             text=TextQueue([], CONFIG.text.text_in),
