@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from device import live_audio
 from device.estimator import RATE_MAX, ClockEstimator
 from device.live_audio import LiveMicrophone, LiveSpeaker
 from device.steering import AWAY_TICKS, SLEW, McuMaster, Stamp, Steering
+from export import clock_bench
 from export.drift import RATE_HZ, TICK_NS, Crystal, SimulatedCard, SimulatedEdges, SimulatedStream, phase_errors_ms
 from firmware_bridge.bridge import McuTick
 
@@ -269,3 +272,15 @@ def test_lost_time_is_silence_of_the_same_length_and_late_samples_find_their_pla
     assert counts["dropped_samples"] == 0
     states = [event["state"] for event in devices.edges.steering.take_events()]
     assert states[0] == "locked" and states[-1] == "locked" and len(states) > 1
+
+
+# --- the bench ----------------------------------------------------------------------------------------------------
+
+
+def test_the_figure_is_drawn_and_the_table_has_every_figure_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_bench.draw_phase(tmp_path / "new" / "clock.png", 40)
+    assert (tmp_path / "new" / "clock.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    table = clock_bench.lateness(0.2)
+    assert all(f"| idle, {name} " in table for name in clock_bench.PERCENTILES)
+    assert "stress-ng is not installed" in table

@@ -551,6 +551,8 @@ def test_seconds_and_camera_end_a_run(bundle: Path, tmp_path: Path) -> None:
         ([], "nothing would end this simulated run"),
         (["--mic", "live"], "cannot pace a live device"),
         (["--seconds", "-1"], "give more than 0"),
+        (["--seconds", "1", "--master", "audio"], "neither microphone nor speaker is a live device"),
+        (["--seconds", "1", "--master", "mcu"], "give --bridge, or --master soc"),
         (["--seconds", "1", "--text", "five"], "not SECONDS:TOKENS"),
         (["--seconds", "1", "--text", "1:five"], "no word 'five'; it knows: one, two, three"),
         (["--seconds", "1", "--playout-offset-ms", "5000"], "give less"),
