@@ -57,8 +57,9 @@ lint: $(VENV)/.setup ## ruff, mypy, the import rule, and cppcheck for the firmwa
 	$(FIRMWARE) lint
 
 .PHONY: bench
-bench: $(VENV)/.setup bundle firmware ## measure the tick on this machine, and the bridge in QEMU, as tables
+bench: $(VENV)/.setup bundle firmware ## measure the tick, the clock (a figure too) and the bridge in QEMU on this machine, as tables
 	$(BIN)/copresence-export bench $(BUNDLE) --firmware build/firmware/bridge-qemu.elf
+	$(BIN)/python -m export.clock_bench build/clock.png
 	$(BIN)/python -m firmware_bridge.bench build/firmware/bridge-qemu.elf
 
 .PHONY: firmware
@@ -118,7 +119,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
-		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck chromium # which opens the report in a test
+		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng chromium # which opens the report in a test
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
 	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'
 	@touch $(VENV)/.demo $@

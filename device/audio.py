@@ -82,7 +82,7 @@ class Playout(abc.ABC):
         """Begin; the ticker starts right after."""
 
     @abc.abstractmethod
-    def sync(self, end: int) -> int:
+    def sync(self, end: int) -> None:
         """As `Source.sync`, after the source's."""
 
     def heard(self, start: int, out: Samples) -> None:
@@ -107,9 +107,8 @@ class VirtualPlayout(Playout):
         self._run()
         return super().put(start, speech)
 
-    def sync(self, end: int) -> int:
+    def sync(self, end: int) -> None:
         self._run()
-        return 0
 
     def _run(self) -> None:
         while (due := self._now_ns() * self._rate_hz // 1_000_000_000 - self.position) > 0:
@@ -128,9 +127,8 @@ class Source(abc.ABC):
     def start(self) -> None:  # noqa: B027 - a file has nothing to begin
         """Begin; the ticker starts right after."""
 
-    def sync(self, end: int) -> int | None:
-        """At the edge that ends at session sample `end`: by how many samples the edges to come should move; None without a clock."""
-        return None
+    def sync(self, end: int) -> None:  # noqa: B027 - a file is never behind
+        """At the edge that ends at session sample `end`: come to terms with what the device lost or has too much."""
 
     @abc.abstractmethod
     def read(self, start: int, out: Samples) -> None:
@@ -206,13 +204,13 @@ class Line:
         self._playout.start()
         return self._playout.origin - self._playout.heard_origin
 
-    def gather(self, tick: int) -> int:
-        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge; returns by how many samples to move the edges."""
+    def gather(self, tick: int) -> None:
+        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge."""
         end = (tick + 1) * self._tick_samples
-        shift, speaker_shift = self.source.sync(end), self._playout.sync(end)
+        self.source.sync(end)
+        self._playout.sync(end)
         self.source.read(end - self.mic.size, self.mic)
         self._playout.heard(end - self.voice.size, self.voice)
-        return speaker_shift if shift is None else shift
 
     def counts(self) -> dict[str, int]:
         """What the devices lost so far."""

@@ -26,8 +26,10 @@ from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.realtime import RealTime
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
+from device.steering import MASTERS, McuMaster, Steering
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
 from firmware_bridge.bridge import Bridge, BridgeError
@@ -94,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
     run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
+    run.add_argument(
+        "--master", choices=MASTERS, help="whose clock the ticks follow (default: audio with a live microphone or speaker, otherwise soc)"
+    )
+    run.add_argument("--no-priority", action="store_true", help="ask the kernel for no real-time priority, CPU or locked memory")
     run.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
     run.add_argument(
         "--text",
@@ -140,6 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
     rate_hz, tick_ns = config.audio.sample_rate_hz, config.tick_ms * 1_000_000
     _check_arguments(arguments)
     _choose_audio(arguments)
+    _choose_master(arguments)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
@@ -158,21 +165,29 @@ def _run(arguments: argparse.Namespace) -> int:
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
         events = EventLog(arguments.events, patient=not realtime)
         offset_samples = arguments.playout_offset_ms * rate_hz // 1000
+        actuator = _open_bridge(arguments.bridge, stack)
         loop = Loop(
             config=config,
             session=session,
             ticker=ticker,
+            steering=_steer(arguments.master, tick_ns, ticker, source, playout, actuator),
             line=Line(config, source, playout, offset_samples),
             camera=camera,
             text=text,
-            actuator=_open_bridge(arguments.bridge, stack),
+            actuator=actuator,
             events=events,
             recording=recording,
             seconds=arguments.seconds,
             stop=stop,
         )
         try:
-            summary = loop.run(_header(bundle, arguments), *_notices(bundle))
+            notices = _notices(bundle)
+            if realtime and not arguments.no_priority:
+                privileges = stack.enter_context(RealTime())
+                notices.append(privileges.event)
+                if advice := privileges.advice():
+                    print(f"copresence: {advice}", file=sys.stderr)
+            summary = loop.run(_header(bundle, arguments), *notices)
         finally:
             events.close()
             if calibration is not None:
@@ -223,6 +238,29 @@ def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Tick
     speaker = LiveSpeaker(rate_hz, microphone)
     stack.callback(speaker.close)
     return source, speaker
+
+
+def _choose_master(arguments: argparse.Namespace) -> None:
+    """Settle whose clock it is, once the devices are known. Raises UsageError."""
+    live, body = "live" in (arguments.mic, arguments.speaker), arguments.bridge not in (None, "none")
+    if arguments.master is None:
+        arguments.master = "audio" if live else "soc"
+    if arguments.master == "audio" and not live:
+        raise UsageError("--master audio: neither microphone nor speaker is a live device; give one, or --master soc")
+    if arguments.master == "mcu" and not body:
+        raise UsageError("--master mcu: there is no microcontroller; give --bridge, or --master soc")
+
+
+def _steer(master: str, tick_ns: int, ticker: Ticker, source: Source, playout: Playout, actuator: Actuator) -> Steering:
+    if master == "audio":
+        device = source if isinstance(source, LiveMicrophone) else playout
+        assert isinstance(device, LiveMicrophone | LiveSpeaker)
+        return Steering(tick_ns, device, master)
+    if master == "mcu":
+        bridge = actuator
+        assert isinstance(bridge, Bridge)
+        return Steering(tick_ns, McuMaster(lambda: bridge.tick, lambda ns: ns - ticker.origin_ns), master)
+    return Steering(tick_ns)
 
 
 def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
@@ -300,6 +338,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "config": bundle.config.to_dict(),
         "seed": arguments.seed,
         "clock": arguments.clock,
+        "master": arguments.master,
         "playout_offset_ms": arguments.playout_offset_ms,
         "mic": arguments.mic,
         "camera": arguments.camera or "none",

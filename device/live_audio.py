@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from device.audio import Playout, Ring, Samples, Source
+from device.steering import Stamp
 
 PERIOD_MS = 10  # of a callback; what is captured waits up to a period before the loop can see it
-MARGIN_MS = 20  # captured beyond the tick at its edge: one period is under way, one is jitter
+MARGIN_MS = 25  # captured beyond the tick at its edge: one period is under way, the rest is jitter; PulseAudio hands over two at a time
+LOST_EDGES = 3  # what is missing at so many in a row was lost; before, it is late, and will be in its place
 BURST_MS = 100  # beyond this the oldest samples are dropped, for a backlog is reaction time
 SLIP_MS = 20  # a speaker this far off the session's time is set right; at 50 ppm between two devices every 7 minutes
 START_TIMEOUT_S = 4.0  # PulseAudio's first callback took up to 1.9 s
@@ -22,8 +24,6 @@ START_ATTEMPTS = 3  # a stream that runs empty while it starts may hang for good
 SETTLE_PERIODS = 48  # PulseAudio works off a backlog in the first 30 periods
 STAMPS = 8  # the median of so many of the device's time stamps is believed
 CAPTURE_S = 4  # of microphone kept for a loop that stalls
-STEER = 0.02  # of the phase error is corrected per tick: settles in ten seconds, averages the jitter
-STEER_LIMIT_SAMPLES = 16  # per tick: 0.5 %, twenty times the worst drift of a codec
 
 _XRUN = 0x2 | 0x4  # paInputOverflow, paOutputUnderflow (portaudio.h)
 _CONTINUE = 0  # paContinue
@@ -46,8 +46,8 @@ class _Stream:
         self.period = rate_hz * PERIOD_MS // 1000
         self.position = 0
         self.counts = {f"{direction}_xruns": 0, f"{direction}_callback_errors": 0}
+        self.seen = (0, 0)  # CLOCK_MONOTONIC of the newest callback, and the position after it: one object, read by another thread
         self._callbacks = 0
-        self._callback_ns = 0
         self._zeros_s = np.zeros(STAMPS)
         self._settled = threading.Event()
         with _quiet():
@@ -56,7 +56,13 @@ class _Stream:
 
     def now(self) -> int:
         """The position by the time, for callbacks come in periods and late."""
-        return self.position + (time.monotonic_ns() - self._callback_ns) * self._rate_hz // 1_000_000_000
+        seen_ns, position = self.seen
+        return position + (time.monotonic_ns() - seen_ns) * self._rate_hz // 1_000_000_000
+
+    def stamp(self, origin: int) -> Stamp | None:
+        """When its sample `origin` is the session's first."""
+        seen_ns, position = self.seen
+        return Stamp(seen_ns, (position - origin) * 1_000_000_000 // self._rate_hz, origin) if seen_ns else None
 
     def zero_s(self) -> float:
         """When sample 0 passed the converter, on the device's clock."""
@@ -98,7 +104,7 @@ class _Stream:
             self.position += frames
             if status & _XRUN:
                 self.counts[f"{self._direction}_xruns"] += 1
-            self._callback_ns = time.monotonic_ns()
+            self.seen = (time.monotonic_ns(), self.position)
             self._callbacks += 1
             if self._callbacks == SETTLE_PERIODS:
                 self._settled.set()
@@ -108,10 +114,10 @@ class _Stream:
 
 
 class LiveMicrophone(Source):
-    """The default microphone as a `Source`, and the session's master clock.
+    """The default microphone as a `Source`, and a master clock.
 
-    The loop keeps the ticker's time: where the device delivers too little, silence of the same length is inserted, where
-    too much, the oldest is dropped; both are counted.
+    The loop keeps the ticker's time. What is late is silence for the tick that misses it, and in its place when it comes. What
+    the device lost is made up for by silence of the same length; where it delivers too much, the oldest is dropped. All is counted.
     """
 
     def __init__(self, rate_hz: int, tick_samples: int) -> None:
@@ -119,33 +125,41 @@ class LiveMicrophone(Source):
         self._tick_samples = tick_samples
         self._margin, self._burst = rate_hz * MARGIN_MS // 1000, rate_hz * BURST_MS // 1000
         self._captured = Ring(CAPTURE_S * rate_hz)
-        self._gap = (0, 0)  # session samples that the device never delivered
+        self._silent_until = 0  # in session samples: what the device lost ends there
+        self._missing_edges = self._synced = 0
         self.origin = 0  # session sample i is the stream's sample origin + i
         self.stream = _Stream(rate_hz, "input", self._exchange)
         self.counts = self.stream.counts
-        self.counts.update(inserted_samples=0, dropped_samples=0)
+        self.counts.update(late_samples=0, inserted_samples=0, dropped_samples=0)
 
     def start(self) -> None:
-        self.origin = self.stream.position - self._margin
+        self._synced = self.stream.position
+        self.origin = self._synced - self._margin
 
-    def sync(self, end: int) -> int:
-        surplus = self.stream.position - self.origin - end
-        if surplus < 0:
-            # The samples that are there belong at the tick's end: the device was silent first.
-            start = end - self._tick_samples
-            self._gap = (start, start - surplus)
+    def sync(self, end: int) -> None:
+        position = self.stream.position
+        surplus = position - self.origin - end
+        self._missing_edges = self._missing_edges + 1 if surplus < 0 else 0
+        if self._missing_edges >= LOST_EDGES:
+            # What came since the last edge belongs at the tick's end: the device was silent first.
+            self._silent_until = end - min(position - self._synced, self._tick_samples)
             self.counts["inserted_samples"] -= surplus
             self.origin += surplus
+        elif surplus < 0:
+            self.counts["late_samples"] += min(-surplus, self._tick_samples)
         elif surplus > self._margin + self._burst:
             self.counts["dropped_samples"] += surplus - self._margin
             self.origin += surplus - self._margin
-        now = min(self.stream.now(), self.stream.position + self.stream.period)
-        return _steer(now - self.origin - end - self._margin)
+        self._synced = position
+
+    def stamp(self) -> Stamp | None:
+        """Session time is where its margin begins."""
+        return self.stream.stamp(self.origin + self._margin)
 
     def read(self, start: int, out: Samples) -> None:
         self._captured.read(self.origin + start, out)
-        first, last = (max(0, at - start) for at in self._gap)
-        out[first:last] = 0
+        out[: max(0, self._silent_until - start)] = 0
+        out[max(0, self.stream.position - self.origin - start) :] = 0  # not there yet
 
     def close(self) -> None:
         """Stop the device."""
@@ -162,7 +176,7 @@ class LiveSpeaker(Playout):
     def __init__(self, rate_hz: int, microphone: LiveMicrophone | None) -> None:
         super().__init__(rate_hz)
         self._rate_hz, self._microphone = rate_hz, microphone
-        self._slip = rate_hz * SLIP_MS // 1000
+        self._slip, self._apart_edges = rate_hz * SLIP_MS // 1000, 0
         self._out = np.zeros(rate_hz * PERIOD_MS // 1000, np.float32)
         self._stream = _Stream(rate_hz, "output", self._exchange)
         self.counts = self._stream.counts
@@ -172,13 +186,17 @@ class LiveSpeaker(Playout):
         self.origin = self._stream.now()
         self._align()
 
-    def sync(self, end: int) -> int:
+    def stamp(self) -> Stamp | None:
+        """For a session without a microphone."""
+        return self._stream.stamp(self.origin)
+
+    def sync(self, end: int) -> None:
         ahead = self._stream.now() - self.origin - end
-        if abs(ahead) > self._slip:
+        self._apart_edges = self._apart_edges + 1 if abs(ahead) > self._slip else 0
+        if self._apart_edges >= LOST_EDGES:
             self.counts["slipped_samples"] += abs(ahead)
             self.origin += ahead
         self._align()
-        return _steer(ahead)
 
     def close(self) -> None:
         """Stop the device."""
@@ -195,11 +213,6 @@ class LiveSpeaker(Playout):
     def _exchange(self, position: int, captured: bytes | None) -> bytes:
         self.take(self._out)
         return self._out.tobytes()
-
-
-def _steer(ahead_samples: int) -> int:
-    """By how many samples the next edges should move when the device is ahead of the session."""
-    return max(-STEER_LIMIT_SAMPLES, min(round(-STEER * ahead_samples), STEER_LIMIT_SAMPLES))
 
 
 def available() -> tuple[bool, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -18,7 +17,9 @@ from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
 from device.events import EventLog, Recording
+from device.realtime import SlackCollector
 from device.session import Decision, Session
+from device.steering import Steering
 from device.ticker import Edge, Ticker
 
 
@@ -90,6 +91,7 @@ class Loop:
     config: ModelConfig
     session: Session
     ticker: Ticker
+    steering: Steering
     line: Line
     camera: Camera
     text: TextQueue
@@ -115,18 +117,18 @@ class Loop:
 
         `header` is the first event, and what else is to be known of the run follows it.
         """
-        for edge in self._wait(header, notices):
-            frames, frame_age_s, text = self._gather(edge)
-            decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
-            late_samples = self.line.play(edge.tick, decision.speech)
-            self._act(decision)
-            self._record(edge, decision, frame_age_s, late_samples)
-            self.actuator.heartbeat()
+        with SlackCollector() as garbage:
+            for edge in self._wait(header, notices):
+                frames, frame_age_s, text = self._gather(edge)
+                decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
+                late_samples = self.line.play(edge.tick, decision.speech)
+                self._act(decision)
+                self._record(edge, decision, frame_age_s, late_samples)
+                self.actuator.heartbeat()
+                garbage.after_tick((edge.tick + 2) * self.config.tick_ms * 1_000_000 - self.ticker.now_ns())
         return self._summary()
 
     def _wait(self, header: dict[str, Any], notices: tuple[dict[str, Any], ...]) -> Iterator[Edge]:
-        gc.collect()
-        gc.freeze()  # what start-up made is not searched again during a tick
         latency_samples = self.line.start()
         self.ticker.start()
         for event in ({**header, "speaker_latency_ms": self._ms(latency_samples)}, *notices):
@@ -154,8 +156,8 @@ class Loop:
         return bool(self._ended_by)
 
     def _gather(self, edge: Edge) -> tuple[Frames, float, list[int]]:
-        shift_samples = self.line.gather(edge.tick)
-        self.ticker.steer(shift_samples * 1_000_000_000 // self._rate_hz)
+        self.line.gather(edge.tick)
+        self.ticker.steer(self.steering.shift_ns(self.ticker.origin_ns, edge.edge_ns))
         edge_s = self._edge_s(edge.tick)
         return *self.camera.frames_at(edge_s), self.text.due(edge_s)
 
@@ -185,6 +187,8 @@ class Loop:
         )
         self._report_losses(edge.tick)
         self._report_body(edge.tick)
+        for event in self.steering.take_events():
+            self.events.put({**event, "tick": edge.tick})
         self._ticks += 1
         self._engine.add(decision.engine_ns)
         self._late.add(edge.late_ns)
@@ -232,6 +236,7 @@ class Loop:
             "gap_ticks": self._gap_ticks,
             "engine_ms": self._engine.summary(),
             "late_ms": self._late.summary(),
+            "clock": self.steering.summary(),
             "overhead_ms": self._overhead.summary(),
             "first_tick_s": round(self._first_tick_s, 3),
             "memory_mb": round(_peak_memory_mb(), 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,10 @@ class Ticker(Protocol):
 
     def now_ns(self) -> int: ...
 
+    @property
+    def origin_ns(self) -> int:
+        """CLOCK_MONOTONIC at session time 0, where it is now."""
+
     def steer(self, shift_ns: int) -> None:
         """Delay all edges to come, and with them session time."""
 
@@ -39,6 +44,8 @@ class Ticker(Protocol):
 
 class SimulatedTicker:
     """Time stands still at an edge until the next one is waited for, so nothing ever comes late."""
+
+    origin_ns = 0
 
     def __init__(self, tick_ns: int) -> None:
         self._tick_ns = tick_ns
@@ -66,30 +73,30 @@ class RealtimeTicker:
 
     def __init__(self, tick_ns: int) -> None:
         self._tick_ns = tick_ns
-        self._start_ns = 0
+        self.origin_ns = 0
         # Called through libc because os.timerfd_create came with Python 3.13.
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.timerfd_settime.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Itimerspec), ctypes.c_void_p)
-        self._spec = _Itimerspec()
+        self._spec = _Itimerspec(interval=_Timespec(*divmod(tick_ns, 1_000_000_000)))
         self._fd = _checked(self._libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_CLOEXEC))
 
     def start(self) -> None:
-        self._start_ns = time.monotonic_ns()
+        self.origin_ns = time.monotonic_ns()
 
     def wait(self, tick: int) -> Edge:
+        # Armed anew for every edge, which steering may have moved; the interval makes the kernel count those that pass unseen.
         edge_ns = (tick + 1) * self._tick_ns
-        self._spec.value.s, self._spec.value.ns = divmod(self._start_ns + edge_ns, 1_000_000_000)
+        self._spec.value.s, self._spec.value.ns = divmod(self.origin_ns + edge_ns, 1_000_000_000)
         _checked(self._libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None))
-        os.read(self._fd, 8)  # returns at once when the deadline has passed
-        late_ns = self.now_ns() - edge_ns
-        missed = late_ns // self._tick_ns
-        return Edge(tick + missed, edge_ns + missed * self._tick_ns, late_ns - missed * self._tick_ns, missed)
+        missed = int.from_bytes(os.read(self._fd, 8), sys.byteorder) - 1  # returns at once when the deadline has passed
+        edge_ns += missed * self._tick_ns
+        return Edge(tick + missed, edge_ns, self.now_ns() - edge_ns, missed)
 
     def now_ns(self) -> int:
-        return time.monotonic_ns() - self._start_ns
+        return time.monotonic_ns() - self.origin_ns
 
     def steer(self, shift_ns: int) -> None:
-        self._start_ns += shift_ns
+        self.origin_ns += shift_ns
 
     def close(self) -> None:
         os.close(self._fd)

@@ -70,10 +70,10 @@ def _reaction_s(events: list[Summary], up: Cue) -> float | None:
 
 def _realtime_run(bundle: Path, folder: Path, port: Path | None, up: Cue) -> tuple[Summary, dict[str, float] | None]:
     events = folder / "events.jsonl"
-    timer = _start_cyclictest()
+    timer = start_cyclictest(LENGTH_S, CYCLICTEST_US, "--policy=other")
     _copresence(
         *("--bundle", str(bundle), "--mic", str(folder / SCENE_WAV), "--camera", str(folder / SCENE_VIDEO)),
-        *("--speaker", str(folder / "out.wav"), "--events", str(events), "--clock", "realtime"),
+        *("--speaker", str(folder / "out.wav"), "--events", str(events), "--clock", "realtime", "--no-priority"),
         *(("--bridge", str(port)) if port else ()),
     )
     found = read_events(events)
@@ -98,23 +98,25 @@ def _copresence(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "device.cli", "run", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def _start_cyclictest() -> Callable[[], dict[str, float]] | None:
-    """Start cyclictest with the loop's own scheduling (none special) and period; the function returned waits for its figures in ms."""
+def start_cyclictest(seconds: float, interval_us: int, *scheduling: str) -> Callable[[], dict[str, float]] | None:
+    """Start cyclictest, if it is there; the function returned waits for its figures in ms. Empty ones: it was not let."""
     program = shutil.which("cyclictest") or shutil.which("cyclictest", path="/usr/sbin:/usr/bin")
     if program is None:
         return None
-    loops = str(int(LENGTH_S * 1_000_000 / CYCLICTEST_US))
-    command = [program, "--quiet", "--policy=other", f"--interval={CYCLICTEST_US}", f"--loops={loops}", f"--histogram={HISTOGRAM_US}"]
+    loops = str(int(seconds * 1_000_000 / interval_us))
+    command = [program, "--quiet", *scheduling, f"--interval={interval_us}", f"--loops={loops}", f"--histogram={HISTOGRAM_US}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def finish() -> dict[str, float]:
-        output = process.communicate(timeout=3 * LENGTH_S)[0]
+        output = process.communicate(timeout=3 * seconds + 10)[0]
         rows = [line.split() for line in output.splitlines() if line and not line.startswith("#")]
         counts = np.array([[int(value) for value in row[:2]] for row in rows if len(row) >= 2])
+        if process.returncode or not counts.size:
+            return {}
         latencies = np.repeat(counts[:, 0], counts[:, 1])
         worst = next(int(line.split(":")[1].split()[0]) for line in output.splitlines() if line.startswith("# Max Latencies"))
-        p50, p99 = np.percentile(latencies, (50, 99))
-        return {"p50": p50 / 1000, "p99": p99 / 1000, "max": worst / 1000}
+        p50, p99, p999 = np.percentile(latencies, (50, 99, 99.9))
+        return {"p50": p50 / 1000, "p99": p99 / 1000, "p99.9": p999 / 1000, "max": worst / 1000}
 
     return finish
 
@@ -134,10 +136,10 @@ def _table(bundle: Path, runs: list[Summary], cyclic: list[dict[str, float] | No
         ("peak memory", over_runs(lambda r: r["memory_mb"]), "MB", "300"),
         *((f"edge lateness, {p}", over_runs(lambda r, p=p: r["late_ms"][p]), "ms", "") for p in ("p50", "p99", "max")),  # type: ignore[misc]
     ]
-    known = [c for c in cyclic if c is not None]
+    known = [c for c in cyclic if c]
     if known:
         rows += [(f"cyclictest in the same minute, {p}", median(c[p] for c in known), "ms", "") for p in ("p50", "p99", "max")]
-        ratios = [run["late_ms"]["p99"] / c["p99"] for run, c in zip(runs, cyclic, strict=True) if c is not None]
+        ratios = [run["late_ms"]["p99"] / c["p99"] for run, c in zip(runs, cyclic, strict=True) if c]
         rows.append(("edge lateness over cyclictest, p99", median(ratios), "×", "5"))
     reactions = [run["reaction_s"] for run in runs if run["reaction_s"] is not None]
     if reactions:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bridge_tools import OUT, REPOSITORY, SOAK, Line, built
+from test_loop import write_bundle
 
 from device.cli import main as copresence
 from export.build import build
@@ -374,3 +375,14 @@ def test_the_companion_hears_up_and_the_body_looks_up(machine: Machine, tmp_path
     print(f"\nfrom the end of the word to the motion: {moved - cue.end_s:.3f} s")
     assert poses[-1]["tilt"] > 1000 and cue.start_s < moved < cue.end_s + 2
     assert next(event for event in happened if event["event"] == "bridge_act")["motion"] == "LOOK_UP"
+
+
+def test_a_runs_edges_follow_the_microcontroller(machine: Machine, tmp_path: Path) -> None:
+    events_file, bundle = tmp_path / "events.jsonl", write_bundle(tmp_path / "echo")
+    arguments = ["--mic", "none", "--speaker", "none", "--bridge", str(machine.port), "--master", "mcu", "--seconds", "12"]
+    assert copresence(["run", "--bundle", str(bundle), "--events", str(events_file), "--no-priority", *arguments]) == 0
+    events = read_events(events_file)
+    assert events[0]["master"] == "mcu"
+    assert "locked" in [event["state"] for event in events if event["event"] == "clock"]
+    assert (events[-1]["clock"]["master"], events[-1]["clock"]["state"]) == ("mcu", "locked")
+    assert abs(events[-1]["clock"]["ppm"]) < 500

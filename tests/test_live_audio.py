@@ -119,19 +119,22 @@ LISTEN_TO_ONESELF = """
 import sys
 import numpy as np
 from device.live_audio import LiveMicrophone, LiveSpeaker
+from device.steering import Steering
 from device.ticker import RealtimeTicker
 
 tick, ticks = 3200, 15
 mic = LiveMicrophone(16000, tick)
-speaker, ticker = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000)
+speaker, ticker, steering = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
 captured, voice = np.zeros((ticks, tick), np.float32), np.zeros((ticks, tick), np.float32)
 random = np.random.default_rng(0)
 for device in (mic, speaker, ticker):
     device.start()
 for k in range(ticks):
-    end = ticker.wait(k).tick * tick + tick
-    ticker.steer(mic.sync(end) * 62_500)
+    edge = ticker.wait(k)
+    end = edge.tick * tick + tick
+    mic.sync(end)
     speaker.sync(end)
+    ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
     mic.read(end - tick, captured[k])
     speaker.heard(end - tick, voice[k])
     speaker.put(end + 1600, random.uniform(-0.5, 0.5, tick).astype(np.float32))
@@ -165,3 +168,13 @@ def test_a_run_outlives_its_sound_server(sound_server: Environment, bundle: Path
     assert (summary["event"], summary["ended_by"]) == ("summary", "seconds")
     assert summary["ticks"] + summary["gap_ticks"] == 40, "silence at the right rate"
     assert summary["inserted_samples"] >= 15 * TICK, "and counted"
+
+
+def test_the_ticks_follow_the_sound_devices_clock(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
+    events = run(sound_server, bundle, tmp_path, "--seconds", "14", "--no-priority")
+    assert events[0]["master"] == "audio", "the default on live devices"
+    clock = [event for event in events if event["event"] == "clock"]
+    assert "locked" in [event["state"] for event in clock]
+    assert abs(events[-1]["clock"]["ppm"]) <= 500
+    shifted = events[-1]["inserted_samples"] + events[-1]["dropped_samples"]
+    assert shifted < 14 * RATE // 10, (shifted, clock)

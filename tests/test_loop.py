@@ -32,6 +32,7 @@ from device.events import Background, EventLog, Recording
 from device.loop import Loop, NoActuator, TextQueue
 from device.positions import clock_features, rope_table, tick_noise
 from device.session import Session
+from device.steering import Steering
 from device.tensors import TensorMismatch, layer_tokens, layer_window, tensor_table
 from device.ticker import RealtimeTicker, SimulatedTicker
 
@@ -327,6 +328,7 @@ class Run:
             config=CONFIG,
             session=Session(CONFIG, engine),
             ticker=ticker,
+            steering=Steering(tick_ns),
             line=line,
             camera=NoCamera(CONFIG),
             text=TextQueue([], CONFIG.text.text_in),
@@ -549,6 +551,8 @@ def test_seconds_and_camera_end_a_run(bundle: Path, tmp_path: Path) -> None:
         ([], "nothing would end this simulated run"),
         (["--mic", "live"], "cannot pace a live device"),
         (["--seconds", "-1"], "give more than 0"),
+        (["--seconds", "1", "--master", "audio"], "neither microphone nor speaker is a live device"),
+        (["--seconds", "1", "--master", "mcu"], "give --bridge, or --master soc"),
         (["--seconds", "1", "--text", "five"], "not SECONDS:TOKENS"),
         (["--seconds", "1", "--text", "1:five"], "no word 'five'; it knows: one, two, three"),
         (["--seconds", "1", "--playout-offset-ms", "5000"], "give less"),

@@ -58,6 +58,13 @@ def test_steering_moves_every_edge_to_come(ticker: RealtimeTicker) -> None:
     assert time.monotonic_ns() - ticker.now_ns() - start_ns == pytest.approx(3_000_000, abs=200_000)
 
 
+def test_the_kernel_counts_the_expirations_that_nobody_took(ticker: RealtimeTicker) -> None:
+    ticker.wait(0)
+    ticker.origin_ns -= 7 * TICK_NS  # as if it had slept
+    edge = ticker.wait(1)
+    assert edge.missed >= 6 and edge.tick == 1 + edge.missed
+
+
 def test_simulated_time_stands_still_between_edges() -> None:
     ticker = SimulatedTicker(TICK_NS)
     ticker.start()

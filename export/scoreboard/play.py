@@ -16,6 +16,7 @@ from device.config import ModelConfig
 from device.engine import Buffers, Engine
 from device.loop import Loop, NoActuator, TextQueue
 from device.session import Session
+from device.steering import Steering
 from device.ticker import SimulatedTicker
 from export.distill.scenes import Scene
 
@@ -131,6 +132,7 @@ def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int, record: Callab
         config=c,
         session=Session(c, engine, seed, record),
         ticker=ticker,
+        steering=Steering(c.tick_ms * 1_000_000),
         line=line,
         camera=SceneCamera(scene, tick_s),
         text=TextQueue(deliveries(scene, tick_s), c.text.text_in),
