@@ -11,8 +11,9 @@ import soundfile
 from device.cli import main as run
 from export.build import build
 from export.demo import EVENTS, OUT_WAV, RATE_HZ, SCENE_VIDEO, SCENE_WAV, TEXT, make_scene, read_events, report, write_hands
+from export.distill.behaviours import WORDS
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = WORDS[1:11]
 SHOWN_S, PERIOD_S = 1.5, 2.5
 
 
@@ -44,7 +45,7 @@ def test_it_answers_most_of_the_demonstration(answered: tuple[int, int, int]) ->
     assert hits >= 0.8 * wanted and others <= 4, answered
 
 
-@pytest.mark.xfail(reason="under-trained: 13 of 15 cues and 4 other reactions (model card)")
+@pytest.mark.xfail(reason="under-trained: 14 of 15 cues and 2 other reactions (model card)")
 def test_it_answers_the_demonstration(answered: tuple[int, int, int]) -> None:
     hits, wanted, others = answered
     assert hits >= wanted - 1 and others <= 1, answered
@@ -62,20 +63,24 @@ def spoken(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
         folder / SCENE_VIDEO, [(i * PERIOD_S + 0.5, i * PERIOD_S + 0.5 + SHOWN_S, int(d)) for i, d in enumerate(shown)], 20 * PERIOD_S
     )
     companion(bundle, folder, "none")
+    return what_it_said(folder)
+
+
+def what_it_said(folder: Path) -> Spoken:
     sound, _ = soundfile.read(folder / OUT_WAV, dtype="float32")
     ticks = [event for event in read_events(folder / EVENTS) if event["event"] == "tick"]
     return [(event["t_s"], word) for event in ticks for word in event["say"]], sound
 
 
-def test_its_voice_is_understood(spoken: Spoken, tmp_path: Path) -> None:
+def misheard(spoken: Spoken, words: tuple[str, ...], folder: Path) -> list[tuple[str, str | None]]:
+    """What pocketsphinx, with a grammar of `words`, takes for another: (the word, what it understood)."""
     from pocketsphinx import Decoder
 
-    grammar = tmp_path / "digits.gram"
-    grammar.write_text(f"#JSGF V1.0;\ngrammar digits;\npublic <digit> = {' | '.join(DIGITS)};\n")
+    grammar = folder / "words.gram"
+    grammar.write_text(f"#JSGF V1.0;\ngrammar words;\npublic <word> = {' | '.join(words)};\n")
     decoder = Decoder(jsgf=str(grammar), loglevel="FATAL")
     said, sound = spoken
-    assert 18 <= len(said) <= 22, "once per showing"
-    noise, misheard = np.random.default_rng(0), []
+    noise, wrong = np.random.default_rng(0), []
     for at_s, word in said:
         start = int(at_s * RATE_HZ)
         piece = np.pad(sound[start : start + RATE_HZ], 4800) + 1e-3 * noise.standard_normal(RATE_HZ + 9600)  # −60 dBFS
@@ -83,8 +88,32 @@ def test_its_voice_is_understood(spoken: Spoken, tmp_path: Path) -> None:
         decoder.process_raw((piece * 32767).astype(np.int16).tobytes(), full_utt=True)
         decoder.end_utt()
         if decoder.hyp() is None or decoder.hyp().hypstr != word:
-            misheard.append((word, decoder.hyp() and decoder.hyp().hypstr))
-    assert len(misheard) <= 0.05 * len(said), misheard
+            wrong.append((word, decoder.hyp() and decoder.hyp().hypstr))
+    return wrong
+
+
+def test_its_voice_is_understood(spoken: Spoken, tmp_path: Path) -> None:
+    said, _ = spoken
+    assert 18 <= len(said) <= 22, "once per showing"
+    wrong = misheard(spoken, DIGITS, tmp_path)
+    assert len(wrong) <= 0.05 * len(said), wrong
+
+
+@pytest.fixture(scope="module")
+def told(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
+    """What it says when it is told to say every word that it has, twice."""
+    folder = tmp_path_factory.mktemp("told")
+    write_hands(folder / SCENE_VIDEO, [], 2 * len(WORDS[1:]) * PERIOD_S)
+    companion(bundle, folder, "none", tuple(f"{i * PERIOD_S + 0.5}:tell {word}" for i, word in enumerate(2 * WORDS[1:])))
+    return what_it_said(folder)
+
+
+@pytest.mark.xfail(reason="not learned: it speaks when it is told to, but says another word for most of the twenty (model card)")
+def test_every_word_that_it_is_told_is_understood(told: Spoken, tmp_path: Path) -> None:
+    said, _ = told
+    assert [word for _, word in said] == [*(2 * WORDS[1:])]
+    wrong = misheard(told, WORDS[1:], tmp_path)
+    assert len(wrong) <= 0.05 * len(said), wrong
 
 
 def test_its_voice_does_not_click_between_ticks(spoken: Spoken) -> None:
