@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ticks import SMALL, make_model
 
-from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle
+from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven
 from device.engine import OnnxRuntimeEngine
 from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME
 from device.engine.tensorrt import TensorRtEngine
@@ -38,12 +38,14 @@ def quiet(phase: str, done: int, steps: int) -> None:
 
 def write_manifest(folder: Path, **more: Any) -> None:
     files = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != MANIFEST_NAME}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "config": SMALL.to_dict(),
         "tensors": [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in tensor_table(SMALL)],
         "files": {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()},
     }
+    if "quantized" in more and "proof" not in more:
+        more["proof"] = {"gates": [{"gate": "all", "passed": True}], "graph_sha256": manifest["files"][GRAPH_NAME]["sha256"]}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest | more))
 
 
@@ -88,6 +90,12 @@ def test_a_bundle_becomes_an_engine_that_runs(double: Any, bundle: Path) -> None
     opened = Bundle.open(bundle)
     with TensorRtEngine(folder, opened.config, opened.digest) as engine:
         engine.run()
+
+
+def test_a_bundle_that_has_not_proven_itself_is_not_compiled(double: Any, bundle: Path) -> None:
+    write_manifest(bundle, quantized={"precision": "int8"}, proof={})
+    with pytest.raises(Unproven, match="carries no proof"):
+        compile_engine(bundle, TARGET)
 
 
 def test_the_stored_ticks_are_worth_comparing(files: dict[str, bytes], tmp_path: Path) -> None:

@@ -76,7 +76,10 @@ class ICudaEngine:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        self._session = onnxruntime.InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+        )
         inputs = [(value, TensorIOMode.INPUT) for value in self._session.get_inputs()]
         outputs = [(value, TensorIOMode.OUTPUT) for value in self._session.get_outputs()]
         self._io = {value.name: (value, mode) for value, mode in (*inputs, *outputs)}
