@@ -153,6 +153,16 @@ def test_voice_is_what_the_microphone_hears_of_it(sound_server: Environment, tmp
     assert abs(np.median(np.array(found) + RATE)) <= 80, "within 5 ms"
 
 
+def test_the_ticks_follow_the_sound_devices_clock(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
+    events = run(sound_server, bundle, tmp_path, "--seconds", "14", "--no-priority")
+    assert events[0]["master"] == "audio", "the default on live devices"
+    clock = [event for event in events if event["event"] == "clock"]
+    assert "locked" in [event["state"] for event in clock]
+    assert abs(events[-1]["clock"]["ppm"]) <= 500
+    shifted = events[-1]["inserted_samples"] + events[-1]["dropped_samples"]
+    assert shifted < 14 * RATE // 10, (shifted, clock)
+
+
 def test_a_run_outlives_its_sound_server(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     command = [sys.executable, "-m", "device.cli", "run", "--bundle", str(bundle), "--events", str(events), "--seconds", "4"]
@@ -168,13 +178,3 @@ def test_a_run_outlives_its_sound_server(sound_server: Environment, bundle: Path
     assert (summary["event"], summary["ended_by"]) == ("summary", "seconds")
     assert summary["ticks"] + summary["gap_ticks"] == 40, "silence at the right rate"
     assert summary["inserted_samples"] >= 15 * TICK, "and counted"
-
-
-def test_the_ticks_follow_the_sound_devices_clock(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:
-    events = run(sound_server, bundle, tmp_path, "--seconds", "14", "--no-priority")
-    assert events[0]["master"] == "audio", "the default on live devices"
-    clock = [event for event in events if event["event"] == "clock"]
-    assert "locked" in [event["state"] for event in clock]
-    assert abs(events[-1]["clock"]["ppm"]) <= 500
-    shifted = events[-1]["inserted_samples"] + events[-1]["dropped_samples"]
-    assert shifted < 14 * RATE // 10, (shifted, clock)
