@@ -28,7 +28,7 @@ from firmware_bridge.dictionary import (
     unpacked,
     value_of,
 )
-from firmware_bridge.framing import Decoder
+from firmware_bridge.framing import SEQUENCES, Decoder
 from firmware_bridge.link import LinkHealth, Window
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.port import PortError, forget, open_port
@@ -288,7 +288,7 @@ class Bridge:
             values["build"],
             values["settings"],
             name_of("RESET", values["reset"]),
-            max(1, min(values["window"], 12)),
+            max(1, min(values["window"], SEQUENCES // 2)),
             values["total"],
         )
 

@@ -101,7 +101,7 @@ class Window:
         return max(self._flight[0].sent_ns, self._asked_ns) + self.timeout_ns
 
     def heard(self, sequence: int, empty: bool, now_ns: int) -> list[bytes]:
-        """A frame came that says `sequence` is the next one expected; returns what is to be written at once."""
+        """A frame came that says `sequence` is expected next, and an `empty` one refuses what came; returns what to write at once."""
         count = (sequence - self._base) % SEQUENCES
         if 0 < count <= len(self._flight):
             for _ in range(count):
@@ -111,14 +111,14 @@ class Window:
             self._base = sequence
             self._answered_refusal = False
             return []
-        if not self._flight or not empty:
+        if not self._flight:
             return []
         if count and self.adopting:  # nothing but questions are in flight: they may take the numbers that are expected
             payloads = [flight.frame[2:-3] for flight in self._flight]
             self._base = sequence
             self._flight = deque(_Flight(encode(sequence + i, payload), now_ns, True) for i, payload in enumerate(payloads))
             return [flight.frame for flight in self._flight]
-        if count == 0 and not self._answered_refusal:
+        if count == 0 and empty and not self._answered_refusal:
             self._health.refusals += 1
             self._answered_refusal = True
             return self._again(now_ns)

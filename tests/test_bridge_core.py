@@ -7,6 +7,7 @@ import random
 import re
 import struct
 import subprocess
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from firmware_bridge.dictionary import (
     name_of,
     pack,
     settings_crc,
+    unpack,
     unpacked,
     value_of,
     with_tables,
 )
 from firmware_bridge.framing import FRAME_MAX, Decoder, encode
+from firmware_bridge.link import LinkHealth, Window
 
 MS, S = 1000, 1_000_000
 FUZZED_FRAMES = 1_000_000 if SOAK else 100_000
@@ -59,6 +62,29 @@ def test_the_document_shows_the_dictionary(repository: Path) -> None:
     assert page == with_tables(page), "renew it: python -m firmware_bridge.dictionary firmware_bridge/PROTOCOL.md"
 
 
+def test_one_needless_repetition_breeds_no_other() -> None:
+    """The host's window and the firmware's core on a whole line; the next question goes out as soon as the last is answered."""
+    core, health = Core(), LinkHealth()
+    window, answers, asked = Window(health), deque[tuple[int, bytes]](), 0
+    window.adopting = False
+
+    def write(frames: list[bytes]) -> None:
+        core.raw(b"".join(frames))
+        answers.extend(core.take_frames())
+
+    window.put(pack("get_state"))
+    write(window.due(0) * 2)  # as after a time-out that came too early
+    while answers:
+        sequence, payload = answers.popleft()
+        write(window.heard(sequence, not payload, 0))
+        if window.idle and asked < 100:
+            window.put(pack("get_clock", token=asked))
+            asked += 1
+            write(window.due(0))
+    assert asked == 100 and window.idle
+    assert health.refusals == health.resent == 0
+
+
 def test_identify_tells_everything_that_the_host_checks() -> None:
     core = Core(reset=value_of("RESET", "BROWN_OUT"))
     first = core.ask("identify", "identity", offset=0)
@@ -82,7 +108,8 @@ def test_a_frame_is_taken_once_and_in_order(core: Core) -> None:
     core.raw(frame)
     core.raw(frame)  # as a host does that did not hear the answer
     after = (core.sequence + 1) % 16
-    assert core.take_frames() == [(after, b""), (after, b"")]
+    (first, again) = core.take_frames()
+    assert first == (after, b"") and again[0] == after and unpack(again[1])[0] == "state", "acknowledged again, and nothing refused"
     core.sequence = after
     assert core.ask("get_health", "health")["out_of_order"] == 2
     assert name_of("STATE", core.ask("get_state", "state")["state"]) == "ARMED"

@@ -32,9 +32,6 @@ from firmware_bridge.flash import flash
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.qemu import Machine
 
-# A known fault, named in README's status table: about one connection in twenty is never answered.
-pytestmark = pytest.mark.skipif(not SOAK, reason="the link to QEMU is not steady yet; run: make bridge-soak")
-
 MOVING = [name for name, motion in ACTS.items() if motion]
 
 

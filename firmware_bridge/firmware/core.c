@@ -317,8 +317,12 @@ static bool obey(const struct frame *frame) {
 
 static void take_frame(const struct frame *frame) {
     core.answered = false;
-    if (frame->sequence != core.expected) {
+    const int behind = (core.expected + SEQUENCES - frame->sequence) % SEQUENCES;
+    if (behind > 0) {
         core.health.out_of_order++;
+        /* Taken before: an empty frame would be read as a refusal of what came after it, and each repetition would breed the next. */
+        if (behind <= WINDOW)
+            send_state();
     } else {
         core.expected = (uint8_t)((core.expected + 1) % SEQUENCES);
         if (frame->size && !obey(frame))
