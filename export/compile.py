@@ -17,9 +17,9 @@ from device.bundle import Bundle
 from device.engine.cuda import Gpu
 from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, describe
 from device.engine.tensorrt import TensorRtEngine, import_tensorrt
-from export.builder import Built, CompileError, build_plan, show_bar
 from export.replacing import replacing
 from export.targets import Target, find_target
+from export.tensorrt_builder import Built, CompileError, build_plan, show_bar
 from export.ticks import CHOICES, TICKS_NAME, difference, run_ticks
 
 QUANTIZATION_NAME = "quantization.json"  # what `quantize` writes: which nodes were to run in which precision

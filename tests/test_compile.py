@@ -22,10 +22,10 @@ from device.engine import OnnxRuntimeEngine
 from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME
 from device.engine.tensorrt import TensorRtEngine
 from device.tensors import tensor_table
-from export.builder import CompileError, find_level
 from export.cli import main
 from export.compile import QUANTIZATION_NAME, compile_engine
 from export.graph import build_graph
+from export.tensorrt_builder import CompileError, find_level
 from export.ticks import TICKS_NAME, store_ticks
 
 TARGET = "orin-nano-super"

@@ -32,12 +32,18 @@ SCENES = Stage("scenes", steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
 RECIPE = Recipe("tiny", 1, 24, CONFIG, (SCENES,), 0.01, practice=0, replays=0.0)
 
 
+def grain(frames: np.ndarray) -> float:
+    """Mean difference between neighbouring pixels, in grey levels."""
+    return float(np.abs(np.diff(half(frames), axis=-2)).mean())
+
+
 @pytest.fixture(scope="module")
 def scene(corpus: Corpus) -> Scene:
-    """One with a lost tick, a hand and text in it."""
+    """One with a lost tick, a hand and text in it, by a camera that has light enough: what is grain in the dark, JPEG does not keep."""
     words = render_words(WORDS)
     scenes = (make_scene(corpus, words, np.random.default_rng(seed), CONFIG, 48) for seed in range(500))
-    return next(s for s in scenes if s.lost.any() and s.frames.any() and s.text_in.any() and s.voice.any() and (s.hand_label > 0).any())
+    rich = (s for s in scenes if s.lost.any() and s.frames.any() and s.text_in.any() and s.voice.any() and (s.hand_label > 0).any())
+    return next(s for s in rich if grain(s.frames) < 4)
 
 
 def write(path: Path, members: dict[str, Any]) -> str:
@@ -46,10 +52,10 @@ def write(path: Path, members: dict[str, Any]) -> str:
     return str(path)
 
 
-def coarse(frames: np.ndarray) -> np.ndarray:
-    """u8[..., H, W, 3] at an eighth of the size, f64."""
+def half(frames: np.ndarray) -> np.ndarray:
+    """u8[..., H, W, 3] at half size, f64."""
     *most, height, width, _ = frames.shape
-    return frames.reshape(*most, height // 8, 8, width // 8, 8, 3).mean((-4, -2))
+    return frames.reshape(*most, height // 2, 2, width // 2, 2, 3).mean((-4, -2))
 
 
 def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
@@ -63,10 +69,10 @@ def test_a_scene_comes_back_as_it_was(scene: Scene, tmp_path: Path) -> None:
         if name in ("mic", "voice"):
             assert np.abs(found[name][c:] - value[c:]).max() <= 2 / 32768 and not found[name][:c].any()
         elif name == "frames":
-            # JPEG keeps little of the sensor's grain, which in the dark is the better part of a picture.
-            ours, theirs = (coarse(frames) for frames in (value, found[name]))
+            # JPEG keeps colour at half size, and grain of the sensor hardly at all.
+            ours, theirs = (half(frames) for frames in (value, found[name]))
             error = np.abs(theirs - ours).mean()
-            assert error < 3 and error < 0.6 * np.abs(theirs - np.roll(ours, 1, axis=0)).mean()
+            assert error < 4 and error < 0.8 * np.abs(theirs - np.roll(ours, 1, axis=0)).mean()
         elif name.startswith(("soft", "frame_age")):
             assert np.allclose(found[name], value, atol=1e-3)
         else:

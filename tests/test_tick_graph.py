@@ -108,7 +108,7 @@ def test_positions_lose_no_precision_in_ten_million_ticks(engine: OnnxRuntimeEng
 
 def test_the_graph_has_static_shapes_and_a_name_for_every_node(model: TickModel) -> None:
     graph = build_graph(FULL, {name: value.numpy() for name, value in model.state_dict().items()})
-    assert graph.opset_import[0].version == OPSET
+    assert graph.opset_import[0].version == OPSET <= 19
     assert all(d.HasField("dim_value") for v in (*graph.graph.input, *graph.graph.output) for d in v.type.tensor_type.shape.dim)
     names = [node.name for node in graph.graph.node]
     assert len(set(names)) == len(names)
