@@ -15,8 +15,7 @@ from device.engine import EngineError
 from device.signature import KeyFileError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
-
-PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16")
+from export.quantize import PRECISIONS
 
 # Anything else is a defect and keeps its traceback.
 USER_ERRORS = (ExportError, BundleError, CalibrationError, KeyFileError, ConfigError, EngineError, TensorMismatch, OSError)
@@ -200,7 +199,8 @@ def _build(a: argparse.Namespace) -> None:
 def _compile(a: argparse.Namespace) -> None:
     from export.compile import compile_engine
 
-    print(f"\n{compile_engine(a.bundle, a.target, a.out)}: compiled; run it with: copresence run --bundle {a.bundle} --engine DIR")
+    engine = compile_engine(a.bundle, a.target, a.out)
+    print(f"\n{engine}: compiled; run it with: copresence run --bundle {a.bundle} --engine {engine}")
 
 
 def _show(a: argparse.Namespace) -> None:

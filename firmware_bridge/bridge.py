@@ -41,6 +41,7 @@ ANSWER_NS = 150_000_000  # an answer that has not come by then was lost; it is a
 ANSWER_TRIES = 16  # a pty of QEMU, or a board that starts, may be deaf for more than a second
 SILENCE_NS = 1_200_000_000  # six ticks without a frame: nobody is there any more
 TIMEOUTS_MAX = 6
+CLOCK_FIRST, CLOCK_TRIES = 8, 100  # round trips for a first estimate, and how often they are asked for: most are lost on a bad line
 CLOCK_PERIOD_NS = 983_900_000  # not a divisor of anything else's period, so that it meets all of their phases
 HEALTH_PERIOD_NS = 5_000_000_000
 AMPLIFIER_PERIOD_NS = LIMITS["AMPLIFIER_US"][0] * 1000 // 4
@@ -56,6 +57,10 @@ class BridgeError(Exception):
 
 class NoAnswer(BridgeError):
     """Nobody answers on the port. Remedy: cable, power, port, firmware."""
+
+
+class BadLine(BridgeError):
+    """Answers come, but hardly one in the first place. Remedy: ground, cable, baud rate."""
 
 
 class WrongDictionary(BridgeError):
@@ -253,9 +258,15 @@ class Bridge:
             raise WrongDictionary(_mismatch(self.identity, self._read_dictionary(self.identity.packed_bytes)))
         self._window.adopting, self._window.limit = False, self.identity.window
         self._configure(self.identity.settings)
-        while not self.clock.ready or self.clock.samples < 8:
+        for _ in range(CLOCK_TRIES):
             self._ask_clock()
             self._ask("get_state", "state")  # and with it the time's answer
+            if self.clock.samples >= CLOCK_FIRST:
+                break
+        else:
+            raise BadLine(
+                f"{self.port}: {CLOCK_TRIES} questions, and hardly one answer to the first asking; check ground, cable and baud rate"
+            )
         self.fault = None
         self.health.connects += 1
         self._connected.set()
@@ -515,4 +526,4 @@ def _mismatch(identity: Identity, theirs: dict[str, Any]) -> str:
     )
 
 
-__all__ = ["Bridge", "BridgeError", "Identity", "McuTick", "NoAnswer", "PortError", "WrongDictionary", "value_of"]
+__all__ = ["BadLine", "Bridge", "BridgeError", "Identity", "McuTick", "NoAnswer", "PortError", "WrongDictionary", "value_of"]

@@ -170,8 +170,8 @@ def test_acts_are_executed_once_in_order_at_their_time(host: Host) -> None:
     acts, acted = host.happened("bridge_act"), host.all("acted")
     assert [event["motion"] for event in acts] == sent and len(sent) >= 5
     begun = [event for event in acts if "failed" not in event]
-    # A machine that starves QEMU for more than a tick gets acts dropped, as it should; they are reported, and never begun.
-    assert {event["failed"] for event in acts if "failed" in event} <= {"STALE"} and len(begun) >= len(sent) / 2, acts
+    # A machine that starves QEMU for more than a tick gets an act dropped, as it should; it is reported, and never begun.
+    assert {event["failed"] for event in acts if "failed" in event} <= {"STALE"} and len(begun) >= len(sent) - 1, acts
     starts = {(values["id"], values["at"]) for values in acted if values["result"] == value_of("RESULT", "STARTED")}
     assert set(Counter(identifier for identifier, _ in starts).values()) == {1}, "one that is told twice began once"
     host.bridge.send("get_health")

@@ -21,10 +21,12 @@ from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven
 from device.engine import OnnxRuntimeEngine
 from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME
 from device.engine.tensorrt import TensorRtEngine
+from device.signature import Unsigned
 from device.tensors import tensor_table
 from export.cli import main
 from export.compile import QUANTIZATION_NAME, compile_engine
 from export.graph import build_graph
+from export.sign import keygen, sign
 from export.tensorrt_builder import CompileError, find_level
 from export.ticks import TICKS_NAME, store_ticks
 
@@ -96,6 +98,20 @@ def test_a_bundle_that_has_not_proven_itself_is_not_compiled(double: Any, bundle
     write_manifest(bundle, quantized={"precision": "int8"}, proof={})
     with pytest.raises(Unproven, match="carries no proof"):
         compile_engine(bundle, TARGET)
+
+
+def test_a_board_with_keys_compiles_nothing_that_they_did_not_sign(
+    double: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public, _ = keygen(tmp_path / "ours.key")
+    (tmp_path / "keys").mkdir()
+    public.rename(tmp_path / "keys" / public.name)
+    monkeypatch.setenv("COPRESENCE_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("COPRESENCE_STATE", str(tmp_path / "state"))
+    with pytest.raises(Unsigned):
+        compile_engine(bundle, TARGET)
+    sign(bundle, tmp_path / "ours.key")
+    assert (compile_engine(bundle, TARGET) / RECORD_NAME).is_file()
 
 
 def test_the_stored_ticks_are_worth_comparing(files: dict[str, bytes], tmp_path: Path) -> None:

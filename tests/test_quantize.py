@@ -19,9 +19,10 @@ from device import cli as device_cli
 from device.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven, require_proof
 from device.engine import OnnxRuntimeEngine
 from export import cli
+from export.quantize import PRECISIONS
 from export.quantize.compare import Difference, ProbeEngine, mel_distortion
 from export.quantize.gates import GATES, judge, spent
-from export.quantize.placement import OPSET, PRECISIONS, STAYS_FLOAT, QuantizeError, find_layers, place, quantize_int4, quantize_int8
+from export.quantize.placement import OPSET, STAYS_FLOAT, QuantizeError, find_layers, place, quantize_int4, quantize_int8
 from export.quantize.quantize import measure
 from export.quantize.ranges import BINS, METHODS, Histogram, choose
 from export.quantize.recordings import DataSet, outputs_of

@@ -14,9 +14,9 @@ from device.config import ModelConfig
 from device.engine import Buffers, Engine, HostMemory, Memory, allocate
 from device.tensors import tensor_table
 from export.filters import hann, mel_filters
+from export.scoreboard.play import AUDIBLE
 
 KEPT = ("say", "act", "say_prob", "act_prob", "speech")
-AUDIBLE = 10 ** (-50 / 20)  # RMS of a frame of speech that counts
 _WINDOW, _HOP = 800, 200  # 50 ms every 12.5 ms at 16 kHz, as the voice's own mel
 _FLOOR = 1e-6  # power, so that silence beneath hearing is no difference
 

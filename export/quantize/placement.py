@@ -20,7 +20,6 @@ from onnx import TensorProto, helper, numpy_helper
 from export.errors import ExportError
 
 Precision = Literal["int8", "int8-weights", "int4-weights", "fp16", "float"]
-PRECISIONS = ("int8", "int8-weights", "int4-weights", "fp16")
 INT4_BLOCK = 128  # values of one column that share a scale, or the largest number below that divides the column
 
 OPSET = 19  # the ceiling of TensorRT 10.3's parser

@@ -19,8 +19,8 @@ from device.engine import Engine
 from device.positions import clock_features, rope_table, tick_noise
 from device.session import Rings
 from export.quantize.compare import ProbeEngine, Ticks, collect
+from export.scoreboard.play import AUDIBLE
 
-AUDIBLE = 10 ** (-50 / 20)  # RMS of a tick in which somebody speaks
 ABOVE_ROOM = 3.0  # times the recording's quiet ticks (their lowest tenth): a voice in a noisy room
 NEAR_ROOM = 1.5
 PICTURE_CHANGE = 8.0  # mean grey levels within one patch, from tick to tick; camera noise stays below 4

@@ -21,7 +21,7 @@ from device.ticker import SimulatedTicker
 from export.distill.scenes import Scene
 
 PLAYOUT_OFFSET_MS = 60  # the loop's own on files
-AUDIBLE = 10 ** (-50 / 20)  # RMS of a block that can be heard
+AUDIBLE = 10 ** (-50 / 20)  # RMS of what can be heard
 BLOCK_S = 0.01
 _ONSET_WITHIN_S = 0.3  # a word that is not to be heard by then was not said
 
