@@ -353,7 +353,7 @@ class _Past:
     def _too_much(self, tick: int) -> tuple[str, str]:
         """One word or act too many."""
         assert self._rng is not None
-        if self._rng.random() < 0.7:  # also the only chance to practise the words that are seldom told
+        if self._rng.random() < 0.7:  # also practice of the words that are seldom told
             self.say_weight[tick] = 0
             return str(self._rng.choice(WORDS[1:])), "none"
         self.act_weight[tick] = 0
