@@ -178,7 +178,7 @@ def _confirm(name: str | None, build: dict[str, int], say: Callable[[str], None]
     running = _running(name)
     if running is None:
         raise FlashError(
-            "written and verified, but nobody answers; likely, in this order: BOOT0 is still held (release it, press reset), the serial "
+            "written, but nobody answers; likely, in this order: BOOT0 is still held (release it, press reset), the serial "
             "wires are not connected (out to in, in to out, ground), or it is another port. Then: copresence-bridge identify --port …"
         )
     if running.build != build["build"]:
