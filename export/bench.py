@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def _body(firmware: Path | None, port: Path) -> Iterator[Path | None]:
         try:
             yield port
         finally:
-            machine.send_signal(signal.SIGINT)
+            machine.terminate()
 
 
 def _reaction_s(events: list[Summary], up: Cue) -> float | None:

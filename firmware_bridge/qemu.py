@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +49,15 @@ class Machine:
 
 def main(arguments: list[str]) -> int:
     machine = Machine(Path(arguments[0]), Path(arguments[1] if len(arguments) > 1 else "build/bridge-port"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # not SIGINT alone: what a shell runs in the background never gets that
     machine.start()
     print(machine.port, flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         machine.wait()
-    machine.kill()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        machine.kill()
     return 0
 
 
