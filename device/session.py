@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device.config import ModelConfig
-from device.engine import Buffers, Engine
+from device.engine import Buffers, Engine, Memory
 from device.positions import clock_features, rope_table, tick_noise
+from device.tensors import tensor_table
+
+VALID = ("perceive_valid", "present_valid")
+CHOSEN = {"said": "say", "acted": "act"}  # an input, and the output of the last launch that it repeats
 
 
 class Decision(NamedTuple):
@@ -25,12 +29,20 @@ class Decision(NamedTuple):
     engine_ns: int  # how long the launch took
 
 
+class Remembering(Protocol):
+    """An engine, or what stands for one where nothing is launched."""
+
+    inputs: Buffers
+    outputs: Buffers
+    memory: Memory
+
+
 class Rings:
     """Which ticks the engine's memory holds: what it took over, and what was lost."""
 
-    def __init__(self, config: ModelConfig, engine: Engine) -> None:
+    def __init__(self, config: ModelConfig, engine: Remembering) -> None:
         self._memory = engine.memory
-        self._valid = (engine.inputs["perceive_valid"], engine.inputs["present_valid"])
+        self._valid = [engine.inputs[name] for name in VALID]
         self._memory.clear()
         for valid in self._valid:
             valid[...] = 0
@@ -49,21 +61,59 @@ class Rings:
         self._memory.break_voice()
 
 
+class Past:
+    """What a session knows of the ticks before: the rings, what was chosen last, and which tick is next."""
+
+    def __init__(self, config: ModelConfig, engine: Remembering) -> None:
+        self._engine, self._rings = engine, Rings(config, engine)
+        self._rows = [row.name for row in tensor_table(config) if row.role == "state"]
+        for name in CHOSEN:
+            engine.inputs[name][...] = 0
+        self.next: int | None = None  # the tick that follows the last one launched or lost
+
+    def catch_up(self, tick: int) -> None:
+        """Mark what is missing before `tick` as lost. Raises ValueError for a tick that is not later."""
+        first = tick if self.next is None else self.next
+        if tick < first:
+            raise ValueError(f"tick {tick} came after tick {first - 1}; ticks only go forward")
+        for lost in range(max(first, tick - self._rings.longest), tick):
+            self._rings.lose(lost)
+        self.next = tick
+
+    def absorb(self, tick: int) -> None:
+        """Take over what the launch of `tick` put out."""
+        self._rings.absorb(tick)
+        # After lost ticks these are the last choices there were, so that the model knows what it has said already.
+        for name, output in CHOSEN.items():
+            self._engine.inputs[name][...] = self._engine.outputs[output]
+        self.next = tick + 1
+
+    def lose(self, tick: int) -> None:
+        """`tick` was not run, nor was what is missing before it."""
+        self.catch_up(tick)
+        self._rings.lose(tick)
+        self.next = tick + 1
+
+    def restore(self, state: Buffers, next_tick: int | None) -> None:
+        """Know just this: the rows of role `state`, VALID and CHOSEN, all before `next_tick`."""
+        self._engine.memory.restore({name: state[name] for name in self._rows})
+        for name in (*VALID, *CHOSEN):
+            self._engine.inputs[name][...] = state[name]
+        self.next = next_tick
+
+
 class Session:
     """Steps an engine from tick to tick. A session may begin at any tick number; `record` is shown the inputs of every launch."""
 
     def __init__(self, config: ModelConfig, engine: Engine, seed: int = 0, record: Callable[[int, Buffers], None] | None = None) -> None:
         self._config, self._engine, self._seed, self._record = config, engine, seed, record
-        self._rings = Rings(config, engine)
-        self._next: int | None = None  # the tick that follows the last one run or lost
-        for name in ("said", "acted"):
-            engine.inputs[name][...] = 0
+        self.past = Past(config, engine)
+        self.memory = engine.memory
         tick_noise(config, seed, 0)  # the first call imports NumPy's generators
 
     def skip(self, tick: int) -> None:
-        """Mark `tick` as lost."""
-        self._rings.lose(tick)
-        self._next = tick + 1
+        """Mark `tick` as lost, and what is missing before it."""
+        self.past.lose(tick)
 
     def step(
         self,
@@ -78,8 +128,32 @@ class Session:
 
         Ticks between the last one and this are marked as lost. Raises ValueError for a tick that is not later.
         """
-        self._catch_up(tick)
-        config, inputs, outputs = self._config, self._engine.inputs, self._engine.outputs
+        self._fill(tick, mic, voice, frames, frame_age_s, text)
+        if self._record is not None:
+            self._record(tick, self._engine.inputs)
+        engine_ns = self._launch()
+        self.past.absorb(tick)
+        outputs = self._engine.outputs
+        return Decision(outputs["say"], int(outputs["act"][0]), outputs["say_prob"], outputs["act_prob"], outputs["speech"], engine_ns)
+
+    def probe(self, tick: int, mic: NDArray[np.float32], voice: NDArray[np.float32], frames: NDArray[np.uint8], frame_age_s: float) -> int:
+        """Launch `tick` only to see how long it takes, in ns: what comes out is not looked at, and the tick is a lost one."""
+        self._fill(tick, mic, voice, frames, frame_age_s)
+        engine_ns = self._launch()
+        self.past.lose(tick)
+        return engine_ns
+
+    def _fill(
+        self,
+        tick: int,
+        mic: NDArray[np.float32],
+        voice: NDArray[np.float32],
+        frames: NDArray[np.uint8],
+        frame_age_s: float,
+        text: Sequence[int] = (),
+    ) -> None:
+        self.past.catch_up(tick)
+        config, inputs = self._config, self._engine.inputs
         inputs["mic"][...] = mic
         inputs["voice"][...] = voice
         inputs["frames"][...] = frames
@@ -89,21 +163,8 @@ class Session:
         inputs["clock"][...] = clock_features(config, tick)
         inputs["rope"][...] = rope_table(config, tick)
         inputs["noise"][...] = tick_noise(config, self._seed, tick)
-        if self._record is not None:
-            self._record(tick, inputs)
+
+    def _launch(self) -> int:
         start_ns = time.perf_counter_ns()
         self._engine.run()
-        engine_ns = time.perf_counter_ns() - start_ns
-        self._rings.absorb(tick)
-        # After lost ticks these are the last choices there were, so that the model knows what it has said already.
-        inputs["said"][...] = outputs["say"]
-        inputs["acted"][...] = outputs["act"]
-        self._next = tick + 1
-        return Decision(outputs["say"], int(outputs["act"][0]), outputs["say_prob"], outputs["act_prob"], outputs["speech"], engine_ns)
-
-    def _catch_up(self, tick: int) -> None:
-        first = tick if self._next is None else self._next
-        if tick < first:
-            raise ValueError(f"tick {tick} came after tick {first - 1}; ticks only go forward")
-        for lost in range(max(first, tick - self._rings.longest), tick):
-            self.skip(lost)
+        return time.perf_counter_ns() - start_ns

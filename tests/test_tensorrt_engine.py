@@ -95,6 +95,33 @@ def test_the_device_loop_gives_the_same_bits_as_onnx_runtime(
         assert np.array_equal(again[name], values), f"{name}: a second session remembers the first"
 
 
+def test_memory_can_be_read_and_restored_as_the_hosts(double: Any, graph: bytes, tmp_path: Path) -> None:
+    """What the flight recorder keeps of a tick and what a replay begins with are the same on both engines."""
+    (tmp_path / "graph.onnx").write_bytes(graph)
+    host, scene = OnnxRuntimeEngine(tmp_path / "graph.onnx", SMALL), make_scene(SMALL, 6)
+    rows = [row for row in tensor_table(SMALL) if row.role == "update"]
+
+    def step(session: Session, tick: int) -> dict[str, np.ndarray]:
+        given = tick_inputs(SMALL, scene, tick)
+        decision = session.step(tick, given["mic"], given["voice"], given["frames"], float(given["frame_age"][0]), given["text_in"])
+        found = {row.name: np.full(row.shape, np.nan, row.dtype) for row in rows}
+        session.memory.copy_updates(found)
+        return {"speech": decision.speech.copy(), **found}
+
+    recorded = Session(SMALL, host, seed=3)
+    for tick in range(3):
+        step(recorded, tick)
+    state = {name: array.copy() for name, array in host.inputs.items()}
+    with TensorRtEngine(write_engine(tmp_path / "engine", graph), SMALL, DIGEST) as engine:
+        session = Session(SMALL, engine, seed=3)
+        session.past.restore(state, 3)
+        for tick in range(3, 6):
+            expected, found = step(recorded, tick), step(session, tick)
+            assert np.abs(expected["new_key_0"]).max() > 0
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name], array, name)
+
+
 def test_a_tick_allocates_nothing_and_moves_nothing(double: Any, graph: bytes, tmp_path: Path) -> None:
     with TensorRtEngine(write_engine(tmp_path, graph), SMALL, DIGEST) as engine:
         cuda, session, scene = cuda_double(), Session(SMALL, engine), tick_inputs(SMALL, make_scene(SMALL, 1), 0)

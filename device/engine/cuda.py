@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from device.config import ModelConfig
-from device.engine.interface import EngineFailure, NoAccelerator, OutOfDeviceMemory, rings, vocoder_states
+from device.engine.interface import Buffers, EngineFailure, NoAccelerator, OutOfDeviceMemory, rings, vocoder_states
 from device.tensors import Tensor, tensor_table
 
 ALIGNMENT = 256  # bytes; NvInferRuntime.h: what setTensorAddress asks of a pointer
@@ -135,7 +135,7 @@ class DeviceMemory:
     """The rings and the vocoder's state on the GPU; all that a tick moves is enqueued on the stream, nothing is waited for."""
 
     def __init__(self, gpu: Gpu, config: ModelConfig, state: Block, update: Block) -> None:
-        self._gpu, self._state = gpu, state
+        self._gpu, self._state, self._update = gpu, state, update
         self._slots = []  # (copy, bytes of a slot, window)
         for ring in rings(config):
             slot_bytes = ring.slot * 4
@@ -166,6 +166,18 @@ class DeviceMemory:
         with self._gpu.typed_errors("clearing the vocoder"):
             for state, _, size in self._vocoder:
                 self._gpu.driver.memset_d8_async(state, 0, size, self._gpu.stream)
+
+    def copy_updates(self, into: Buffers) -> None:
+        with self._gpu.typed_errors("reading the updates"):
+            self._gpu.stream.synchronize()
+            for name, array in into.items():
+                self._gpu.driver.memcpy_dtoh(array, self._update.address(name))
+
+    def restore(self, state: Buffers) -> None:
+        with self._gpu.typed_errors("restoring the memory"):
+            self._gpu.stream.synchronize()  # these copies are not the stream's
+            for name, array in state.items():
+                self._gpu.driver.memcpy_htod(self._state.address(name), array)
 
 
 class Graph:

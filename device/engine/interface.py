@@ -44,6 +44,12 @@ class Memory(Protocol):
     def break_voice(self) -> None:
         """The vocoder's state is that of silence."""
 
+    def copy_updates(self, into: Buffers) -> None:
+        """What the last launch put out: the rows of role `update` that are in `into`."""
+
+    def restore(self, state: Buffers) -> None:
+        """Remember just this: the rows of role `state`."""
+
 
 class Engine(Protocol):
     """One array for each row of the tensor table that enters from (`inputs`) or is read by (`outputs`) the host each tick.
@@ -95,6 +101,7 @@ class HostMemory:
     """Memory that lives in an engine's own input arrays; during a launch a ring holds the `window` ticks before it."""
 
     def __init__(self, config: ModelConfig, inputs: Buffers, outputs: Buffers) -> None:
+        self._inputs, self._outputs = inputs, outputs
         self._slots = []  # (ring [heads, window, slot], this tick's slice [heads, slot])
         for ring in rings(config):
             new = outputs[f"new_{ring.name}"].reshape(ring.heads, ring.slot)
@@ -115,3 +122,11 @@ class HostMemory:
     def break_voice(self) -> None:
         for state, _ in self._vocoder:
             state[...] = 0
+
+    def copy_updates(self, into: Buffers) -> None:
+        for name, array in into.items():
+            array[...] = self._outputs[name]
+
+    def restore(self, state: Buffers) -> None:
+        for name, array in state.items():
+            self._inputs[name][...] = array

@@ -192,6 +192,19 @@ def memcpy_dtod_async(dest: int, src: int, size: int, stream: Stream) -> None:
     stream._put(lambda: np.copyto(to, source))
 
 
+def memcpy_htod(dest: int, src: np.ndarray) -> None:
+    """At once: streams that do not wait for the default one may have work left."""
+    _need_context()
+    np.copyto(_device(dest, src.nbytes), np.ascontiguousarray(src).reshape(-1).view(np.uint8))
+
+
+def memcpy_dtoh(dest: np.ndarray, src: int) -> None:
+    _need_context()
+    if not dest.flags.c_contiguous:
+        raise LogicError("a copy to memory that is not contiguous")
+    np.copyto(dest.reshape(-1).view(np.uint8), _device(src, dest.nbytes))
+
+
 def memset_d8_async(dest: int, data: int, size: int, stream: Stream) -> None:
     to = _device(dest, size)
     stream._put(lambda: to.fill(data))
