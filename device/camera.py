@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from device.audio import SourceError
 from device.config import ModelConfig
+from device.streams import STREAMS
 
 if TYPE_CHECKING:
     import av
 
 Frames = NDArray[np.uint8]  # [H, W, 3] or [2, H, W, 3], RGB
 
-STALE_S = 1.0  # an older frame is not shown
+STALE_S = STREAMS["camera"].stale_s or 0.0  # an older frame is not shown
 FOLDER_HZ = 10  # a folder of images is shown at this rate
 AHEAD_FRAMES = 64  # decoded in advance: two seconds at 30 Hz
 _SAME_INSTANT_S = 1e-3  # presentation times are rounded to the container's time base, often 1 ms
@@ -35,8 +36,12 @@ class Shot(NamedTuple):
 
 
 class Camera(Protocol):
-    """`end_s`: when its last frame is over, once that is known; `fault`: why it ended early, if it did."""
+    """`end_s`: when its last frame is over, once that is known; `fault`: why it ended early, if it did.
 
+    `resting` is set by the loop while nobody looks (device/ladder.py): what a camera does ahead of being asked, it leaves then.
+    """
+
+    resting: bool
     end_s: float | None
     fault: str | None
     counts: dict[str, int]
@@ -50,6 +55,7 @@ class Camera(Protocol):
 class NoCamera:
     """Black, as old as the session."""
 
+    resting = False
     end_s: float | None = None
     fault: str | None = None
 
@@ -79,6 +85,7 @@ class FrameCamera:
         self._upcoming: Shot | None = None
         self._past: deque[Shot] = deque()
         self._closed = False
+        self.resting = False  # who is not asked decodes no more than AHEAD_FRAMES
         self.end_s: float | None = None
         self.fault: str | None = None
         self.counts = {"stale_frames": 0}

@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -17,20 +17,24 @@ from typing import Any
 
 import numpy as np
 
+from device import after
 from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
 from device.bundle import Bundle, BundleError, copresence_version
 from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
-from device.engine import Engine, EngineError, OnnxRuntimeEngine
+from device.control import RUNTIME_VARIABLE, Control
+from device.engine import Buffers, Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
 from device.realtime import RealTime
+from device.recorder import FlightRecorder
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
 from device.steering import MASTERS, McuMaster, Steering
 from device.tensors import TensorMismatch
+from device.thermal import Thermometer
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
 from firmware_bridge.bridge import Bridge, BridgeError
 from firmware_bridge.port import find_port
@@ -59,6 +63,7 @@ USER_ERRORS = (
     AudioDeviceError,
     BridgeError,
     CalibrationError,
+    *after.ERRORS,
     OSError,
 )
 
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program `copresence`; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
+        return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
         print(f"copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -130,6 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
     run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
     run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
+    run.add_argument(
+        "--dumps",
+        type=Path,
+        metavar="DIR",
+        help="where the flight recorder writes its last minute after a fault, on SIGUSR1 and on 'copresence dump' (default: in --state)",
+    )
+    run.add_argument(
+        "--record-raw", action="store_true", help="dumps hold sound and pictures too, and can be replayed (default: neither, for privacy)"
+    )
+    run.set_defaults(command_function=_run)
+    after.add_commands(commands)
     return parser
 
 
@@ -152,13 +168,14 @@ def _run(arguments: argparse.Namespace) -> int:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
-        engine = _open_engine(arguments.engine, bundle, stack)
+        engine = open_engine(arguments.engine, bundle, stack)
         if trust:
             trust.memory.remember(bundle.version, bundle.path)
         calibration = None
         if arguments.record_calibration is not None:
             calibration = CalibrationRecorder(arguments.record_calibration, config, bundle.digest, arguments.seed, patient=not realtime)
-        session = Session(config, engine, arguments.seed, None if calibration is None else calibration.record)
+        recorder = _open_recorder(arguments, config)
+        session = Session(config, engine, arguments.seed, _all([recorder.launch, *([] if calibration is None else [calibration.record])]))
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
@@ -179,9 +196,12 @@ def _run(arguments: argparse.Namespace) -> int:
             recording=recording,
             seconds=arguments.seconds,
             stop=stop,
+            recorder=recorder,
+            thermometer=_measure_heat(stack) if realtime else None,
         )
         try:
             notices = _notices(bundle)
+            _listen(recorder, realtime, notices, stack)
             if realtime and not arguments.no_priority:
                 privileges = stack.enter_context(RealTime())
                 notices.append(privileges.event)
@@ -189,6 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     print(f"copresence: {advice}", file=sys.stderr)
             summary = loop.run(_header(bundle, arguments), *notices)
         finally:
+            _close_recorder(recorder, events)
             events.close()
             if calibration is not None:
                 calibration.close()
@@ -199,12 +220,59 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report(arguments, summary, faults)
 
 
-def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+def open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+    """The TensorRT engine in `folder`, or without one ONNX Runtime on the bundle's graph."""
     if folder is None:
         return OnnxRuntimeEngine(bundle.graph, bundle.config)
     from device.engine.tensorrt import TensorRtEngine
 
     return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
+
+
+def _open_recorder(arguments: argparse.Namespace, config: ModelConfig) -> FlightRecorder:
+    folder = arguments.dumps or (None if arguments.state is None else Path(arguments.state) / "dumps")
+    return FlightRecorder(config, folder, arguments.record_raw, watch=arguments.clock == "realtime")
+
+
+def _all(shown: Sequence[Callable[[int, Buffers], None]]) -> Callable[[int, Buffers], None]:
+    """Each of them in turn."""
+
+    def show(tick: int, inputs: Buffers) -> None:
+        for one in shown:
+            one(tick, inputs)
+
+    return show
+
+
+def _measure_heat(stack: ExitStack) -> Thermometer:
+    thermometer = Thermometer()
+    stack.callback(thermometer.close)
+    return thermometer
+
+
+def _listen(recorder: FlightRecorder, realtime: bool, notices: list[dict[str, Any]], stack: ExitStack) -> None:
+    """A dump on SIGUSR1, and on 'copresence dump' where there is time to ask for it."""
+    stack.callback(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, lambda *_: recorder.request("signal") and None))
+    if not realtime:
+        return
+    try:
+        control = Control(lambda asked: after.answer(recorder, asked))
+    except OSError as error:
+        notices.append({"event": "control", "fault": f"'copresence dump' cannot reach this run ({error}); set ${RUNTIME_VARIABLE}"})
+    else:
+        stack.callback(control.close)
+
+
+def _close_recorder(recorder: FlightRecorder, events: EventLog) -> None:
+    """Wait for the dumps under way, and tell of those that the log does not know yet."""
+    recorder.close()
+    for event in recorder.take_events():
+        events.put(event)
+        if event["reason"] == "fault":
+            told = (
+                f"the last minute is in {event['file']}" if "file" in event else f"no dump could be written: {event['fault']}; give --dumps"
+            )
+            print(f"copresence: {told}", file=sys.stderr)
 
 
 def _is_file(choice: str | None) -> bool:
@@ -345,6 +413,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "speaker": arguments.speaker,
         "bridge": arguments.bridge or "none",
         "text": arguments.text,
+        "record_raw": arguments.record_raw,
     }
 
 

@@ -1,4 +1,4 @@
-"""The loop: wait, gather, step, play, act, record."""
+"""The loop: wait, gather, step, play, act, record; and what it leaves out where the board is too slow (device/ladder.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +16,15 @@ import numpy as np
 from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
+from device.engine import Memory
 from device.events import EventLog, Recording
+from device.ladder import LADDER, Ladder
 from device.realtime import SlackCollector
+from device.recorder import NoRecorder
 from device.session import Decision, Session
+from device.statistics import Statistics, TickTimes, Times
 from device.steering import Steering
+from device.thermal import Thermometer
 from device.ticker import Edge, Ticker
 
 
@@ -67,21 +72,23 @@ class TextQueue:
         return ids
 
 
-class Times:
-    """Durations of the newest ticks, in constant memory."""
+class Recorder(Protocol):
+    """Who is shown every tick and every event of a run. None of its calls waits."""
 
-    def __init__(self, newest: int = 65536) -> None:  # 3.6 hours of ticks
-        self._ms, self._count = np.zeros(newest, np.float32), 0
+    def tick(self, times: TickTimes, decision: Decision, memory: Memory, launched: bool) -> None:
+        """A tick is done; it was launched or, on the ladder's lowest rung, not."""
 
-    def add(self, duration_ns: int) -> None:
-        self._ms[self._count % self._ms.size] = duration_ns / 1e6
-        self._count += 1
+    def event(self, at_ns: int, event: dict[str, Any]) -> None:
+        """At `at_ns` of CLOCK_MONOTONIC this was logged."""
 
-    def summary(self) -> dict[str, float]:
-        """Median, 99th percentile and maximum in ms."""
-        known = self._ms[: self._count]
-        values = np.percentile(known, (50, 99, 100)) if known.size else np.zeros(3)
-        return {name: round(float(value), 3) for name, value in zip(("p50", "p99", "max"), values, strict=True)}
+    def request(self, reason: str) -> object:
+        """Something went wrong: now is the time to keep what is known."""
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """What happened to the recorder since the last call."""
+
+    def close(self) -> None:
+        """The run is over, and there is time."""
 
 
 @dataclass
@@ -100,39 +107,94 @@ class Loop:
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
+    recorder: Recorder = field(default_factory=NoRecorder)
+    ladder: Ladder = field(default_factory=Ladder)
+    thermometer: Thermometer | None = None
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
         self._limit = None if self.seconds is None else round(self.seconds * self._rate_hz)
         self._ended_by = ""
-        self._ticks = self._gap_ticks = self._recorded = self._woke_ns = 0
+        self._ticks = self._gap_ticks = self._recorded = self._woke_ns = self._at_tick = 0
         self._first_tick_s = 0.0
         self._counts = {"late_speech_ticks": 0, "late_speech_samples": 0}
         self._counted: dict[str, int] = {}  # losses up to the tick before
         self._losing: dict[str, int] = {}  # those under way: what had been lost before they began
         self._engine, self._late, self._overhead = Times(), Times(), Times()
+        self._statistics = Statistics(self.config.tick_ms)
+        self._tick_ns = self.config.tick_ms * 1_000_000
+        video, text = self.config.video, self.config.text
+        self._black = np.zeros((video.frames, video.height, video.width, 3), np.uint8)
+        self._seen_s = 0.0  # when the newest frame that was looked at was exposed
+        self._nothing = Decision(
+            say=np.zeros(text.say, np.int32),
+            act=0,
+            say_prob=np.zeros((text.say, len(text.words)), np.float32),
+            act_prob=np.zeros(len(text.acts), np.float32),
+            speech=np.zeros(self._tick_samples, np.float32),
+            engine_ns=0,
+        )
 
     def run(self, header: dict[str, Any], *notices: dict[str, Any]) -> dict[str, Any]:
         """Until microphone file, camera, time or a signal ends it; returns the summary, which is also the last event.
 
         `header` is the first event, and what else is to be known of the run follows it.
         """
-        with SlackCollector() as garbage:
-            for edge in self._wait(header, notices):
-                frames, frame_age_s, text = self._gather(edge)
-                decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
-                late_samples = self.line.play(edge.tick, decision.speech)
-                self._act(decision)
-                self._record(edge, decision, frame_age_s, late_samples)
-                self.actuator.heartbeat()
-                garbage.after_tick((edge.tick + 2) * self.config.tick_ms * 1_000_000 - self.ticker.now_ns())
+        try:
+            with SlackCollector() as garbage:
+                for edge in self._wait(header, notices):
+                    self._tick(edge)
+                    self.actuator.heartbeat()
+                    garbage.after_tick((edge.tick + 2) * self._tick_ns - self.ticker.now_ns())
+        except Exception as error:
+            self._log({"event": "fault", "tick": self._at_tick, "fault": f"{type(error).__name__}: {error}"})
+            self.recorder.request("fault")
+            raise
         return self._summary()
+
+    def _tick(self, edge: Edge) -> None:
+        self._at_tick = edge.tick
+        edge_ns = self.ticker.origin_ns + edge.edge_ns  # before steering moves the origin
+        rung, probing = self.ladder.rung, self.ladder.probes()
+        launched = rung.engine
+        start_ns = time.perf_counter_ns()
+        frames, frame_age_s = self._gather(edge)
+        gather_ns = time.perf_counter_ns() - start_ns
+        decision, late_samples, play_ns = self._nothing, 0, 0
+        if launched:
+            text = self.text.due(self._edge_s(edge.tick))
+            decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
+            start_ns = time.perf_counter_ns()
+            late_samples = self.line.play(edge.tick, decision.speech)
+            self._act(decision)
+            play_ns = time.perf_counter_ns() - start_ns
+        elif probing:
+            decision = decision._replace(engine_ns=self.session.probe(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s))
+        else:
+            self.session.skip(edge.tick)
+        lag = (self.ticker.now_ns() - edge.edge_ns) / self._tick_ns
+        times = TickTimes(
+            tick=edge.tick,
+            edge_ns=edge_ns,
+            late_ns=edge.late_ns,
+            gather_ns=gather_ns,
+            engine_ns=decision.engine_ns,
+            play_ns=play_ns,
+            missed=edge.missed,
+            rung=LADDER.index(rung),
+            late_samples=late_samples,
+            frame_age_s=frame_age_s,
+        )
+        self.recorder.tick(times, decision, self.session.memory, launched)
+        self._record(edge, decision, times)
+        if launched or probing:
+            self._climb(times, lag)
 
     def _wait(self, header: dict[str, Any], notices: tuple[dict[str, Any], ...]) -> Iterator[Edge]:
         latency_samples = self.line.start()
         self.ticker.start()
         for event in ({**header, "speaker_latency_ms": self._ms(latency_samples)}, *notices):
-            self.events.put(event)
+            self._log(event)
         tick = 0
         while not self._over(tick):
             edge = self.ticker.wait(tick)
@@ -155,23 +217,35 @@ class Loop:
             self._ended_by = "camera"
         return bool(self._ended_by)
 
-    def _gather(self, edge: Edge) -> tuple[Frames, float, list[int]]:
+    def _gather(self, edge: Edge) -> tuple[Frames, float]:
         self.line.gather(edge.tick)
         self.ticker.steer(self.steering.shift_ns(self.ticker.origin_ns, edge.edge_ns))
         edge_s = self._edge_s(edge.tick)
-        return *self.camera.frames_at(edge_s), self.text.due(edge_s)
+        if not self.ladder.rung.camera:
+            return self._black, edge_s - self._seen_s
+        frames, frame_age_s = self.camera.frames_at(edge_s)
+        self._seen_s = edge_s - frame_age_s
+        return frames, frame_age_s
+
+    def _climb(self, times: TickTimes, lag: float) -> None:
+        """Down the ladder, or up, after a launched tick whose work was done `lag` ticks after its edge."""
+        if event := self.ladder.launched(lag, cut=times.late_samples > 0):
+            self._log({**event, "tick": times.tick})
+            self.camera.resting = not self.ladder.rung.camera
+            if LADDER.index(self.ladder.rung) > times.rung:
+                self.recorder.request("overload")
 
     def _act(self, decision: Decision) -> None:
         if decision.act:
             self.actuator.act(self.config.text.acts[decision.act])
 
-    def _record(self, edge: Edge, decision: Decision, frame_age_s: float, late_samples: int) -> None:
+    def _record(self, edge: Edge, decision: Decision, times: TickTimes) -> None:
         if self.recording is not None:
             self._record_played((edge.tick + 1) * self._tick_samples, self.recording)
-        if late_samples:
+        if times.late_samples:
             self._counts["late_speech_ticks"] += 1
-            self._counts["late_speech_samples"] += late_samples
-        self.events.put(
+            self._counts["late_speech_samples"] += times.late_samples
+        self._log(
             {
                 "event": "tick",
                 "tick": edge.tick,
@@ -179,18 +253,25 @@ class Loop:
                 "say": [self.config.text.words[word] for word in decision.say if word],
                 "act": self.config.text.acts[decision.act],
                 "speaking": bool(decision.speech.any()),
+                "gather_ms": round(times.gather_ns / 1e6, 3),
                 "engine_ms": round(decision.engine_ns / 1e6, 3),
+                "play_ms": round(times.play_ns / 1e6, 3),
                 "late_ms": round(edge.late_ns / 1e6, 3),
                 "gap_ticks": edge.missed,
-                "frame_age_s": round(frame_age_s, 3),
+                "frame_age_s": round(times.frame_age_s, 3),
             }
         )
         self._report_losses(edge.tick)
         self._report_body(edge.tick)
-        for event in self.steering.take_events():
-            self.events.put({**event, "tick": edge.tick})
+        for event in (*self.steering.take_events(), *self.recorder.take_events()):
+            self._log({**event, "tick": edge.tick})
         self._ticks += 1
-        self._engine.add(decision.engine_ns)
+        self._statistics.add(times)
+        if statistics := self._statistics.due(edge.tick):
+            hot = {} if self.thermometer is None else self.thermometer.newest()
+            self._log({**statistics, "rung": self.ladder.rung.name, **hot})
+        if decision.engine_ns:
+            self._engine.add(decision.engine_ns)
         self._late.add(edge.late_ns)
         self._overhead.add(time.perf_counter_ns() - self._woke_ns - decision.engine_ns)
         if self._ticks == 1:
@@ -208,7 +289,7 @@ class Loop:
             if "at_ns" in event:
                 ago_ns = time.monotonic_ns() - event.pop("at_ns")
                 event["t_s"] = round((self.ticker.now_ns() - ago_ns) / 1e9, 4)
-            self.events.put({**event, "tick": tick})
+            self._log({**event, "tick": tick})
 
     def _report_losses(self, tick: int) -> None:
         """One event when a count begins to grow, and one when it has stopped, with what was lost in between."""
@@ -216,9 +297,9 @@ class Loop:
         growing = {name for name, count in counts.items() if count > self._counted.get(name, 0)}
         begun, ended = sorted(growing - self._losing.keys()), sorted(self._losing.keys() - growing)
         if begun:
-            self.events.put({"event": "loss", "tick": tick, "of": begun})
+            self._log({"event": "loss", "tick": tick, "of": begun})
         if ended:
-            self.events.put({"event": "recovery", "tick": tick, **{name: counts[name] - self._losing[name] for name in ended}})
+            self._log({"event": "recovery", "tick": tick, **{name: counts[name] - self._losing[name] for name in ended}})
         self._losing = {name: self._losing.get(name, self._counted.get(name, 0)) for name in growing}
         self._counted = counts
 
@@ -229,6 +310,9 @@ class Loop:
         if self.recording is not None:
             whole = {"microphone": self.line.source.length, "seconds": self._limit}
             self.recording.finish(whole.get(self._ended_by) or self._recorded)
+        self.recorder.close()
+        for event in self.recorder.take_events():
+            self._log(event)
         summary = {
             "event": "summary",
             "ended_by": self._ended_by,
@@ -238,6 +322,7 @@ class Loop:
             "late_ms": self._late.summary(),
             "clock": self.steering.summary(),
             "overhead_ms": self._overhead.summary(),
+            "ladder_steps": self.ladder.steps,
             "first_tick_s": round(self._first_tick_s, 3),
             "memory_mb": round(_peak_memory_mb(), 1),
             **self._all_counts(),
@@ -246,8 +331,12 @@ class Loop:
             "events_dropped": self.events.dropped,
             "recording_dropped": 0 if self.recording is None else self.recording.dropped,
         }
-        self.events.put(summary)
+        self._log(summary)
         return summary
+
+    def _log(self, event: dict[str, Any]) -> None:
+        self.events.put(event)
+        self.recorder.event(self.ticker.origin_ns + self.ticker.now_ns(), event)
 
     def _edge_s(self, tick: int) -> float:
         return (tick + 1) * self.config.tick_ms / 1000

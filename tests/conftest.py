@@ -34,6 +34,14 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in real time listen where no other companion of this machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COPRESENCE_RUNTIME", str(tmp_path_factory.mktemp("run")))
+        yield
+
+
 def tone(word: str, pitch_hz: float, speaker: str = "somebody") -> Clip:
     """Half a second of tone in a second of faint noise stands for a word."""
     samples = 1e-3 * np.random.default_rng(0).standard_normal(RATE_HZ)
