@@ -32,7 +32,8 @@ from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VAR
 from device.steering import MASTERS, McuMaster, Steering
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
-from firmware_bridge.bridge import Bridge, BridgeError
+from firmware_bridge.bridge import Bridge
+from firmware_bridge.errors import BridgeError
 from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine

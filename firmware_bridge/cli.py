@@ -12,8 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from firmware_bridge.bridge import ACT_LATE_NS, ACT_LEAD_NS, Bridge, BridgeError
+from firmware_bridge.acts import ACT_LATE_NS, ACT_LEAD_NS
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.dictionary import ENUMS, MESSAGES, MOTIONS, SETTINGS, name_of
+from firmware_bridge.errors import BridgeError
 from firmware_bridge.flash import WAYS, FlashError, flash
 from firmware_bridge.framing import Decoder, Frame
 from firmware_bridge.port import PortError, find_port

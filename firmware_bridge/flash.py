@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from firmware_bridge.bridge import Bridge, BridgeError, Identity, WrongDictionary
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.dictionary import dictionary_hash, value_of
+from firmware_bridge.errors import BridgeError, WrongDictionary
 from firmware_bridge.port import PortError, find_port
+from firmware_bridge.session import Identity
 
 FLASH_START = "0x08000000"
 IMAGE, BUILD = "bridge.bin", "build.json"

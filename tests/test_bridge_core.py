@@ -31,7 +31,8 @@ from firmware_bridge.dictionary import (
     with_tables,
 )
 from firmware_bridge.framing import FRAME_MAX, Decoder, encode
-from firmware_bridge.link import LinkHealth, Window
+from firmware_bridge.health import LinkHealth
+from firmware_bridge.link import Window
 
 MS, S = 1000, 1_000_000
 FUZZED_FRAMES = 1_000_000 if SOAK else 100_000

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 from export.distill.behaviours import ACTS as MODEL_ACTS
 from firmware_bridge import flash as flasher
-from firmware_bridge.bridge import Bridge, Identity
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.cli import UsageError, main, parse_command
 from firmware_bridge.clock import ClockSync
 from firmware_bridge.dictionary import MOTIONS, Unreadable, dictionary_hash, pack, unpack
 from firmware_bridge.flash import WAYS, FlashError, flash
 from firmware_bridge.framing import SEQUENCES, Decoder, Frame, encode
-from firmware_bridge.link import TIMEOUT_MAX_NS, TIMEOUT_MIN_NS, WAITING_MAX, LinkHealth, Window
+from firmware_bridge.health import LinkHealth
+from firmware_bridge.link import TIMEOUT_MAX_NS, TIMEOUT_MIN_NS, WAITING_MAX, Window
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.port import PortError, find_port, open_port
+from firmware_bridge.session import Identity
 
 MS = 1_000_000
 

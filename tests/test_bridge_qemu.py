@@ -25,9 +25,10 @@ from test_loop import write_bundle
 from device.cli import main as copresence
 from export.build import build
 from export.demo import SCENE_WAV, make_scene, read_events
-from firmware_bridge.bridge import Bridge, BridgeError, WrongDictionary
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.cli import main as bridge_cli
 from firmware_bridge.dictionary import dictionary_hash, name_of, value_of
+from firmware_bridge.errors import BridgeError, WrongDictionary
 from firmware_bridge.flash import flash
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.qemu import Machine
