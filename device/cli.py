@@ -32,6 +32,7 @@ from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VAR
 from device.steering import MASTERS, McuMaster, Steering
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
+from firmware_bridge.body import BodyError, read_body
 from firmware_bridge.bridge import Bridge
 from firmware_bridge.errors import BridgeError
 from firmware_bridge.port import find_port
@@ -58,6 +59,7 @@ USER_ERRORS = (
     TensorMismatch,
     SourceError,
     AudioDeviceError,
+    BodyError,
     BridgeError,
     CalibrationError,
     OSError,
@@ -95,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
+    run.add_argument(
+        "--body",
+        type=Path,
+        metavar="FILE",
+        help="what the body is like, as TOML: its servos' calibration, ends and rest (default: a plain one)",
+    )
     run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
     run.add_argument(
@@ -148,6 +156,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     _choose_audio(arguments)
     _choose_master(arguments)
+    body = {} if arguments.body is None else read_body(arguments.body)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
@@ -166,7 +175,7 @@ def _run(arguments: argparse.Namespace) -> int:
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
         events = EventLog(arguments.events, patient=not realtime)
         offset_samples = arguments.playout_offset_ms * rate_hz // 1000
-        actuator = _open_bridge(arguments.bridge, stack)
+        actuator = _open_bridge(arguments.bridge, body, stack)
         loop = Loop(
             config=config,
             session=session,
@@ -264,10 +273,10 @@ def _steer(master: str, tick_ns: int, ticker: Ticker, source: Source, playout: P
     return Steering(tick_ns)
 
 
-def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
+def _open_bridge(port: str | None, body: dict[str, int], stack: ExitStack) -> Actuator:
     if port is None or port == "none":
         return NoActuator()
-    bridge = Bridge(find_port() if port == "auto" else port)
+    bridge = Bridge(find_port() if port == "auto" else port, body)
     bridge.start()
     stack.callback(bridge.close)
     return bridge
@@ -286,6 +295,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
         if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
+    if arguments.body is not None and arguments.bridge in (None, "none"):
+        raise UsageError("--body: there is no body without --bridge; give its port, or leave --body out")
     if arguments.camera == "live":
         raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
@@ -345,6 +356,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "camera": arguments.camera or "none",
         "speaker": arguments.speaker,
         "bridge": arguments.bridge or "none",
+        "body": None if arguments.body is None else str(arguments.body),
         "text": arguments.text,
     }
 

@@ -45,6 +45,8 @@ class Bridge:
     `act`, `heartbeat` and `trim` may be called from the loop: they put a command into a queue of fixed size and return. The
     microcontroller is armed with the first heartbeat of a session, and again when it was started anew; when it has
     latched its safe state in the middle of a session, it stays there until `arm` is called.
+
+    `settings` are the body's, as read_body gives them; those not named are the defaults. With None whatever settings are there stay.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Bridge:
         self.tick: McuTick | None = None
         self.mcu_health: dict[str, int] = {}
         self.fault: BridgeError | None = None  # why there is no link, if it is not just a lost one
-        self._settings = {name: (settings or {}).get(name, values[0]) for name, values in SETTINGS.items()}
+        self._settings = None if settings is None else {name: settings.get(name, values[0]) for name, values in SETTINGS.items()}
         self._on_message = on_message
         self._commands: deque[tuple[str, dict[str, int]]] = deque()
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_MAX)
@@ -198,7 +200,8 @@ class Bridge:
         self._session = session = Session(self._serial, self._wake_out, self._stop, self.health, self._take)
         self.identity = session.identify()
         session.agree(self.identity)
-        session.configure(self._settings, self.identity.settings)
+        if self._settings is not None:
+            session.configure(self._settings, self.identity.settings)
         for _ in range(CLOCK_TRIES):
             self._ask_clock(session)
             session.ask("get_state", "state")  # and with it the time's answer
