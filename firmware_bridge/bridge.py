@@ -66,6 +66,7 @@ class Bridge:
         self._connected, self._stop = threading.Event(), threading.Event()
         self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._may_arm = True  # the next heartbeat may
+        self._ticking = False  # whether `tick` is one of this session
         self._acts = Acts(int.from_bytes(os.urandom(2), "little"), self.health, self._event)  # ids that are not those of a session before
         self._beat_ns = 0  # of the heartbeat that waits to be sent; 0: none
         self._thread = threading.Thread(target=self._run, name="bridge", daemon=True)
@@ -197,6 +198,7 @@ class Bridge:
         self.clock = ClockSync()
         self._trips = RoundTrips(self.clock, self.health)
         self._next_clock_ns = self._next_health_ns = self._next_amplifier_ns = self._beat_ns = 0
+        self._ticking = False
         self._session = session = Session(self._serial, self._wake_out, self._stop, self.health, self._take)
         self.identity = session.identify()
         session.agree(self.identity)
@@ -214,7 +216,8 @@ class Bridge:
         self.fault = None
         self.health.connects += 1
         self._connected.set()
-        self._event("bridge_up", build=f"{self.identity.build:08x}", reset=self.identity.reset, state=self.state)
+        who = {"build": f"{self.identity.build:08x}", "reset": self.identity.reset, "state": self.state}
+        self._event("bridge_up", at_ns=time.monotonic_ns(), **who)
         return session
 
     def _disconnect(self, error: Exception) -> None:
@@ -227,7 +230,7 @@ class Bridge:
         self._commands.clear()
         self._acts.lose_all("the link was lost")
         if was_connected:
-            self._event("bridge_down", reason=str(error))
+            self._event("bridge_down", at_ns=time.monotonic_ns(), reason=str(error))
         if not isinstance(error, LinkLost):  # a microcontroller that started anew is behind the same port
             self._close_port()
 
@@ -291,9 +294,11 @@ class Bridge:
 
     def _take_tick(self, values: dict[str, Any]) -> None:
         if self.connected:
-            if self.tick is not None and values["number"] < self.tick.number:
+            # One of a session before says nothing: whoever came back may have started anew meanwhile, and that is known.
+            if self.tick is not None and self._ticking and values["number"] < self.tick.number:
                 self.tick = None
                 raise LinkLost("the microcontroller started anew")
+            self._ticking = True
             self.tick = McuTick(values["number"], values["at"], self.clock.to_ns(values["at"]))
 
     def _take_state(self, values: dict[str, Any]) -> None:

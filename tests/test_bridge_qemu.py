@@ -6,10 +6,12 @@ Bounds on time are far wider than what is aimed at: the machines that run this a
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,9 +27,10 @@ from test_loop import write_bundle
 from device.cli import main as copresence
 from export.build import build
 from export.demo import SCENE_WAV, make_scene, read_events
+from firmware_bridge.body import read_body
 from firmware_bridge.bridge import Bridge
 from firmware_bridge.cli import main as bridge_cli
-from firmware_bridge.dictionary import dictionary_hash, name_of, value_of
+from firmware_bridge.dictionary import dictionary_hash, name_of, settings_crc, value_of
 from firmware_bridge.errors import BridgeError, WrongDictionary
 from firmware_bridge.flash import flash
 from firmware_bridge.outputs import ACTS
@@ -38,7 +41,7 @@ MOVING = [name for name, motion in ACTS.items() if motion]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(built("bridge-qemu.elf"), tmp_path / "mcu")
+    machine = Machine(built("bridge-qemu.elf"), tmp_path / "mcu", alone=SOAK and os.geteuid() == 0)
     machine.start()
     yield machine
     machine.kill()
@@ -156,11 +159,16 @@ def test_the_clock_is_known(host: Host) -> None:
     assert np.percentile(errors_ms, 99) < 5
 
 
-def test_acts_are_executed_once_in_order_at_their_time(host: Host) -> None:
+ACT_BOUND_MS = 2
+
+
+def test_acts_are_executed_once_in_order_at_their_time(machine: Machine, host: Host) -> None:
     host.armed()
     rng, sent = random.Random(3), []
+    waits = [(time.monotonic_ns(), machine.waited_ns)]
 
     def act() -> None:
+        waits.append((time.monotonic_ns(), machine.waited_ns))
         if rng.random() < 0.4:
             name, at_ns = MOVING[len(sent) % len(MOVING)], time.monotonic_ns() + rng.randrange(60, 90) * 1_000_000
             host.bridge.act(name, at_ns)
@@ -178,7 +186,20 @@ def test_acts_are_executed_once_in_order_at_their_time(host: Host) -> None:
     host.bridge.send("get_health")
     host.live_until(lambda: host.bridge.mcu_health.get("acts_started") == len(begun))
     late_ms = [event["late_ms"] for event in begun]
-    print(f"\n{len(sent)} acts, off their time in ms: {percentiles([abs(late) for late in late_ms])}")
+    waits.append((time.monotonic_ns(), machine.waited_ns))
+
+    def starved_ms(event: dict[str, Any]) -> float:
+        """For how long the kernel kept QEMU from running around the act: that much is not the firmware's."""
+        since, until = event["at_ns"] - 1e6 * event["late_ms"], event["at_ns"]
+        before = max(waited for at, waited in waits if at <= max(since, waits[0][0]))
+        return (min(waited for at, waited in waits if at >= until) - before) / 1e6
+
+    off = [event for event in begun if abs(event["late_ms"]) > ACT_BOUND_MS]
+    ours = [event for event in off if not 0 < event["late_ms"] - ACT_BOUND_MS <= starved_ms(event)]
+    print(f"\n{len(sent)} acts, off their time in ms: {percentiles([abs(late) for late in late_ms])}; QEMU waited", end=" ")
+    print(f"{(waits[-1][1] - waits[0][1]) / 1e6:.0f} ms for a processor; {len(off)} beyond 2 ms, {len(ours)} of them not explained by that")
+    if SOAK:
+        assert not ours, [(event["late_ms"], starved_ms(event)) for event in ours]
     assert min(late_ms) > -5 and max(late_ms) < 205, "never early, never past its deadline"
     tilts = [values["tilt"] for values in host.all("pose")]
     assert max(tilts) > 400 > -400 > min(tilts), "and the servos went"
@@ -224,6 +245,8 @@ def test_a_bad_line_executes_nothing_wrong_and_loses_nothing_in_silence(line: Li
     sent: list[str] = []
 
     def act() -> None:
+        if host.bridge.state == "SAFE":
+            host.bridge.arm()  # the worst lines lose heartbeats for a second
         if host.bridge.connected and host.bridge.state == "ARMED":
             name = MOVING[len(sent) % len(MOVING)]
             host.bridge.act(name)
@@ -234,12 +257,18 @@ def test_a_bad_line_executes_nothing_wrong_and_loses_nothing_in_silence(line: Li
     line.rate = 0.0
     cleaned = time.monotonic()
     host.bridge.arm()
+    asked = len(host.all("settings"))
+    while len(host.all("settings")) == asked:
+        assert time.monotonic() < cleaned + 20, host.bridge.health
+        if host.bridge.connected and not host.bridge.backlog:
+            host.bridge.send("get_settings")
+        host.live(0.05, period_s=0.05)
+    answered_s = time.monotonic() - cleaned
     seen = len(host.heard)
     host.live_until(lambda: any(name == "clock" or name == "health" for _, name, _ in host.heard[seen:]) and host.bridge.connected)
-    recovered_s = time.monotonic() - cleaned
     host.live_until(lambda: not host.bridge._acts and not host.bridge._commands)
     health = host.bridge.health
-    print(f"\n{rate:.1%}: {len(sent)} acts, {health}; recovered {recovered_s:.2f} s after the line was clean")
+    print(f"\n{rate:.1%}: {len(sent)} acts, {health}; a command was answered {answered_s:.2f} s after the line was clean")
     accounted = health.acts_started + health.acts_failed + health.acts_lost
     assert accounted <= len(sent) <= accounted + health.dropped
     host.bridge.send("get_health")
@@ -319,6 +348,52 @@ def test_a_microcontroller_that_dies_and_comes_back_is_found_again(machine: Mach
     host.bridge.act("nod")
     host.live_until(lambda: host.bridge.health.acts_started > 0)
     assert [event["event"] for event in host.events if event["event"] in ("bridge_up", "bridge_down")][-2:] == ["bridge_down", "bridge_up"]
+
+
+def test_a_run_misses_no_tick_when_the_microcontroller_dies_and_comes_back(machine: Machine, tmp_path: Path) -> None:
+    """The device's own loop; QEMU is killed in mid-run, and started again a second later."""
+    bundle, log, body = write_bundle(tmp_path / "echo"), tmp_path / "events.jsonl", tmp_path / "body.toml"
+    body.write_text("[tilt]\nzero_us = 1520\nrest_deg = -10\n")
+    times: dict[str, float] = {}
+
+    def count(event: str) -> int:
+        return log.read_text().count(f'"event":"{event}"') if log.is_file() else 0
+
+    def wait_for(event: str, wanted: int) -> None:
+        deadline = time.monotonic() + 60
+        while count(event) < wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def kill_and_start() -> None:
+        wait_for("tick", 10)
+        machine.kill()
+        killed = time.monotonic()
+        wait_for("bridge_down", 1)
+        time.sleep(1.0)
+        machine.start()
+        times["away"] = time.monotonic() - killed
+        wait_for("bridge_up", 2)
+        wait_for("tick", count("tick") + 10)
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends the run
+
+    hand = threading.Thread(target=kill_and_start)
+    hand.start()
+    arguments = ["--mic", "none", "--speaker", "none", "--bridge", str(machine.port), "--body", str(body), "--events", str(log)]
+    assert copresence(["run", "--bundle", str(bundle), "--seconds", "120", *arguments]) == 0
+    hand.join()
+    events = read_events(log)
+    summary, ticks = events[-1], [event["tick"] for event in events if event["event"] == "tick"]
+    up = [event for event in events if event["event"] == "bridge_up"]
+    down = next(event for event in events if event["event"] == "bridge_down")
+    reconnect_s = up[1]["t_s"] - down["t_s"] - times["away"]
+    print(f"\n{len(ticks)} ticks, {summary['gap_ticks']} lost; reconnected {reconnect_s:.2f} s after QEMU was there again")
+    assert summary["ended_by"] == "signal" and len(up) == 2 and down["tick"] < up[1]["tick"]
+    assert summary["gap_ticks"] == 0 and ticks == list(range(len(ticks)))
+    bridge = Bridge(str(machine.port))
+    bridge.start(patience_s=20)
+    settings = bridge.identity.settings if bridge.identity else 0
+    bridge.close()
+    assert settings == settings_crc(read_body(body)), "the body that came back was told again what it is like"
 
 
 def test_another_dictionary_is_refused_with_the_remedy(tmp_path: Path, connect: Connect) -> None:
