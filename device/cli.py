@@ -26,10 +26,11 @@ from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.mcu_clock import McuFollower, McuMaster
 from device.realtime import RealTime
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
-from device.steering import MASTERS, McuMaster, Steering
+from device.steering import MASTERS, Steering
 from device.tensors import TensorMismatch
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
 from firmware_bridge.body import BodyError, read_body
@@ -262,15 +263,16 @@ def _choose_master(arguments: argparse.Namespace) -> None:
 
 
 def _steer(master: str, tick_ns: int, ticker: Ticker, source: Source, playout: Playout, actuator: Actuator) -> Steering:
+    follower = McuFollower(actuator, tick_ns) if isinstance(actuator, Bridge) else None
     if master == "audio":
         device = source if isinstance(source, LiveMicrophone) else playout
         assert isinstance(device, LiveMicrophone | LiveSpeaker)
-        return Steering(tick_ns, device, master)
+        return Steering(tick_ns, device, master, follower)
     if master == "mcu":
         bridge = actuator
         assert isinstance(bridge, Bridge)
         return Steering(tick_ns, McuMaster(lambda: bridge.tick, lambda ns: ns - ticker.origin_ns), master)
-    return Steering(tick_ns)
+    return Steering(tick_ns, follower=follower)
 
 
 def _open_bridge(port: str | None, body: dict[str, int], stack: ExitStack) -> Actuator:

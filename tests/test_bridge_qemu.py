@@ -24,7 +24,10 @@ import pytest
 from bridge_tools import OUT, REPOSITORY, SOAK, Line, built
 from test_loop import write_bundle
 
+from device import mcu_clock
 from device.cli import main as copresence
+from device.steering import Stamp, Steering
+from device.ticker import RealtimeTicker
 from export.build import build
 from export.demo import SCENE_WAV, make_scene, read_events
 from firmware_bridge.body import read_body
@@ -445,6 +448,7 @@ def test_the_companion_hears_up_and_the_body_looks_up(machine: Machine, tmp_path
     files = ("--mic", str(tmp_path / SCENE_WAV), "--speaker", "none", "--events", str(events), "--bridge", str(machine.port))
     assert copresence(["run", "--bundle", str(bundle), *files, "--clock", "realtime", "--seconds", "3.4"]) == 0
     happened = read_events(events)
+    assert happened[-1]["clock"]["body"]["state"] in ("locking", "locked"), "its tick is trimmed meanwhile"
     chosen = next(event["t_s"] for event in happened if event["event"] == "tick" and event["act"] == "look_up")
     poses = [event for event in happened if event["event"] == "bridge_pose" and event["t_s"] > chosen]
     moved = next(event["t_s"] for event in poses if event["tilt"] > 0)
@@ -462,3 +466,43 @@ def test_a_runs_edges_follow_the_microcontroller(machine: Machine, tmp_path: Pat
     assert "locked" in [event["state"] for event in events if event["event"] == "clock"]
     assert (events[-1]["clock"]["master"], events[-1]["clock"]["state"]) == ("mcu", "locked")
     assert abs(events[-1]["clock"]["ppm"]) < 500
+
+
+class FastConverter:
+    """The sample clock of a sound card that is 300 ppm fast."""
+
+    PPM = 300
+
+    def __init__(self, start_ns: int) -> None:
+        self._start_ns = start_ns
+
+    def stamp(self) -> Stamp:
+        now_ns = time.monotonic_ns()
+        return Stamp(now_ns, round((now_ns - self._start_ns) * (1 + self.PPM * 1e-6)))
+
+
+def test_the_microcontrollers_tick_follows_the_audio_clock(host: Host) -> None:
+    """Trimmed through the firmware's own timer, from 5 ms beside the session's edges onto them."""
+    host.armed()
+    bridge, ticker = host.bridge, RealtimeTicker(mcu_clock.TICK_NS)
+    follower = mcu_clock.McuFollower(bridge, mcu_clock.TICK_NS)
+    before = bridge.tick
+    host.live_until(lambda: bridge.tick is not before)
+    ticker.start()
+    assert bridge.tick is not None
+    ticker.steer((bridge.tick.edge_ns - ticker.origin_ns) % mcu_clock.TICK_NS - 5_000_000)
+    steering, phases_ms = Steering(mcu_clock.TICK_NS, FastConverter(ticker.origin_ns), "audio", follower), []
+    tick = 0
+    while tick < 150:
+        edge = ticker.wait(tick)
+        ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
+        bridge.heartbeat()
+        phases_ms.append(follower.phase_ns / 1e6)
+        tick = edge.tick + 1
+    ticker.close()
+    ticks = host.all("tick")[-40:]
+    period_us = (ticks[-1]["at"] - ticks[0]["at"]) / (ticks[-1]["number"] - ticks[0]["number"])
+    print(f"\nphase in ms: {phases_ms[1]:.3f} at first, {np.median(phases_ms[-40:]):.3f} at last; period {period_us:.2f} µs")
+    assert max(phases_ms[:10]) > 3 and abs(np.median(phases_ms[-40:])) < 1
+    assert period_us == pytest.approx(200_000 * (1 - FastConverter.PPM * 1e-6), abs=20), "by the firmware's own timer"
+    assert host.bridge.mcu_health.get("tx_dropped", 0) == 0 and not host.happened("bridge_refused")
