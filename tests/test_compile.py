@@ -88,10 +88,26 @@ def test_a_bundle_becomes_an_engine_that_runs(double: Any, bundle: Path) -> None
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
     report = json.loads((folder / REPORT_NAME).read_text())
     assert report["ticks"] == TICKS and report["difference"]["say"] == 1 and report["difference"]["speech"] == 0
-    assert report["device_ms"]["p50"] > 0 and report["layers"] == [{"name": "all", "type": "kgen", "bits": "32"}]
+    assert report["device_ms"]["p50"] > 0 and report["layers"] == [{"name": "all", "type": "kgen", "bits": "32", "ms": 0.25}]
     opened = Bundle.open(bundle)
     with TensorRtEngine(folder, opened.config, opened.digest) as engine:
         engine.run()
+
+
+def test_a_layer_that_the_profiler_does_not_name_has_no_time(double: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double._layers = [layer("timed", "Float"), layer("silent", "Float")]
+    report = double.IExecutionContext.execute_async_v3
+
+    def one_layer(self: Any, stream_handle: int) -> bool:
+        told, double._layers = double._layers, double._layers[:1]
+        done = report(self, stream_handle)
+        double._layers = told
+        return done
+
+    monkeypatch.setattr(double.IExecutionContext, "execute_async_v3", one_layer)
+    folder = compile_engine(bundle, TARGET, show=quiet)
+    layers = json.loads((folder / REPORT_NAME).read_text())["layers"]
+    assert [(found["name"], found.get("ms")) for found in layers] == [("timed", 0.25), ("silent", None)]
 
 
 def test_a_bundle_that_has_not_proven_itself_is_not_compiled(double: Any, bundle: Path) -> None:
