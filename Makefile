@@ -36,8 +36,9 @@ bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository
 	$(BIN)/copresence-export build $(CHECKPOINT) --out $(BUNDLE)
 
 .PHONY: engine
-engine: bundle ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=orin-nano-super
-	$(if $(and $(HOST),$(TARGET)),,$(error give HOST=user@board and TARGET, one of export/targets.toml))
+engine: ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=orin-nano-super
+	@.ci/board "$(HOST)" "$(TARGET)"
+	$(MAKE) --no-print-directory bundle
 	ssh $(HOST) mkdir -p copresence/build
 	rsync -a --delete --include='*.py' --include='*.toml' --include='*/' --exclude='*' --prune-empty-dirs device export $(HOST):copresence/
 	rsync -a --delete $(BUNDLE)/ $(HOST):copresence/$(BUNDLE)/
