@@ -163,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
-        engine = _open_engine(arguments.engine, bundle, stack)
+        engine = _open_engine(arguments.engine, bundle, trust, stack)
         if trust:
             trust.memory.remember(bundle.version, bundle.path)
         calibration = None
@@ -210,12 +210,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report(arguments, summary, faults)
 
 
-def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+def _open_engine(folder: Path | None, bundle: Bundle, trust: Trust, stack: ExitStack) -> Engine:
     if folder is None:
         return OnnxRuntimeEngine(bundle.graph, bundle.config)
     from device.engine.tensorrt import TensorRtEngine
 
-    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
+    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest, trust))
 
 
 def _is_file(choice: str | None) -> bool:

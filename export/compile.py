@@ -15,7 +15,7 @@ import numpy as np
 
 from device.bundle import Bundle
 from device.engine.cuda import Gpu
-from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, describe
+from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, describe, remember_own
 from device.engine.tensorrt import TensorRtEngine, import_tensorrt
 from device.signature import Trust
 from export.replacing import replacing
@@ -37,7 +37,8 @@ def compile_engine(path: Path, target_name: str, out: Path | None = None, show: 
 
     Raises CompileError, TargetError, BundleError or EngineError.
     """
-    bundle = Bundle.open(path, Trust.of_machine())  # a board with keys compiles what it would run, and nothing else
+    trust = Trust.of_machine()
+    bundle = Bundle.open(path, trust)  # a board with keys compiles what it would run, and nothing else
     target, precision = find_target(target_name), str(bundle.manifest.get("quantized", {}).get("precision", "fp32"))
     target.require(precision)
     out = out or path.with_name(f"{path.name}.{target.name}.engine")
@@ -55,8 +56,12 @@ def compile_engine(path: Path, target_name: str, out: Path | None = None, show: 
     try:
         with replacing(out) as folder:
             _write(bundle, target, precision, built, layers, folder)
+            if trust:
+                remember_own((folder / RECORD_NAME).read_bytes(), trust)
     except OSError as error:
-        raise CompileError(f"{out}: cannot be written ({error.strerror}); free space there or give another --out") from error
+        raise CompileError(
+            f"{error.filename or out}: cannot be written ({error.strerror}); free space there or give another --out"
+        ) from error
     return out
 
 

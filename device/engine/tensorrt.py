@@ -13,6 +13,7 @@ from device.config import ModelConfig
 from device.engine.cuda import Block, DeviceMemory, Gpu, Graph, Mirror
 from device.engine.interface import Buffers, EngineFailure, Memory, NoAccelerator
 from device.engine.record import REMEDY, load_plan
+from device.signature import Trust
 from device.tensors import tensor_table
 
 
@@ -20,20 +21,21 @@ class TensorRtEngine:
     """A compiled engine; close it, or leave its `with` block, to hand the GPU's context back.
 
     `inputs` and `outputs` are pinned; state and update rows stay on the GPU. `device_ms` is the last launch's time there.
-    Raises NoAccelerator, StaleEngine, TensorMismatch, OutOfDeviceMemory or EngineFailure.
+    With `trust`, an engine that neither a trusted key nor this machine's own `compile` vouches for is not even parsed. Raises
+    NoAccelerator, StaleEngine, TensorMismatch, OutOfDeviceMemory or EngineFailure, and Unsigned, UnknownKey or BadSignature.
     """
 
     inputs: Buffers
     outputs: Buffers
     memory: Memory
 
-    def __init__(self, folder: Path, config: ModelConfig, bundle_sha256: str) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, bundle_sha256: str, trust: Trust | None = None) -> None:
         trt = import_tensorrt()
         self.device_ms = 0.0
         with contextlib.ExitStack() as closing:
             self._gpu = Gpu()
             closing.callback(self._gpu.close)
-            plan = load_plan(folder, bundle_sha256, config, str(trt.__version__), self._gpu.sm)
+            plan = load_plan(folder, bundle_sha256, config, str(trt.__version__), self._gpu.sm, trust)
             self._open(trt, plan, config, str(folder), closing)
             self._closing = closing.pop_all()
 
