@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from firmware_bridge.dictionary import (
     AXES,
     LIMITS,
+    MESSAGES,
     MOTIONS,
+    NUMBERS,
     SETTINGS,
     dictionary_hash,
     name_of,
@@ -30,7 +32,7 @@ from firmware_bridge.dictionary import (
     value_of,
     with_tables,
 )
-from firmware_bridge.framing import FRAME_MAX, Decoder, encode
+from firmware_bridge.framing import FRAME_MAX, SEQUENCES, Decoder, encode
 from firmware_bridge.health import LinkHealth
 from firmware_bridge.link import Window
 
@@ -427,6 +429,26 @@ def test_the_c_parser_takes_damaged_frames_as_rarely_as_the_crc_allows() -> None
     frames, wrong_crc, accepted, expected = map(float, re.findall(r"[\d.]+", done.stdout))
     assert frames == FUZZED_FRAMES and wrong_crc > frames / 10, "most damage leaves nothing but the CRC to tell"
     assert accepted <= 4 * expected + 6, "a Poisson variable with the mean that 16 bits allow"
+
+
+CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
+
+
+def test_what_libfuzzer_kept_is_survived_again() -> None:
+    """Under ASan and UBSan; `make fuzz-firmware` looks for more."""
+    done = subprocess.run([built("fuzz"), *CORPUS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{len(CORPUS)} inputs\n"), done.stderr
+
+
+def test_the_corpus_gets_past_the_crc_to_every_command() -> None:
+    taken: set[str] = set()
+    for path in CORPUS:
+        expected = 0
+        for sequence, payload in Decoder().feed(path.read_bytes()[1:]):
+            if sequence == expected:
+                expected = (expected + 1) % SEQUENCES
+                taken |= {name for name, number in NUMBERS.items() if payload[:1] == bytes([number])}
+    assert taken >= {name for name, message in MESSAGES.items() if message.sender == "host"}
 
 
 def test_the_host_parser_takes_damaged_frames_as_rarely_as_the_crc_allows() -> None:

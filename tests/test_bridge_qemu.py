@@ -1,6 +1,7 @@
 """The real firmware in QEMU behind a pty. COPRESENCE_SOAK=1 (`make bridge-soak`) runs it long; figures are printed with -s.
 
-Bounds on time are far wider than what is aimed at: the machines that run this are shared. `make bench` shows the figures.
+Bounds on time are far wider than what is aimed at: the machines that run this are shared. The soak holds to what is aimed at, with QEMU
+alone on its processor. `make bench` shows the figures.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def test_the_clock_is_known(host: Host) -> None:
     low, high = max(low for low, _ in asked), min(high for _, high in asked)
     errors_ms = [max(low - offset, offset - high, 0) / 1e6 for offset in offsets]
     print(f"\nclock: error beyond the bounds of all round trips ({(high - low) / 1e6:.3f} ms apart) in ms: {percentiles(errors_ms)}")
-    assert np.percentile(errors_ms, 99) < 5
+    assert np.percentile(errors_ms, 99) < (0.5 if SOAK else 5)
 
 
 ACT_BOUND_MS = 2
@@ -272,6 +273,7 @@ def test_a_bad_line_executes_nothing_wrong_and_loses_nothing_in_silence(line: Li
     host.live_until(lambda: not host.bridge._acts and not host.bridge._commands)
     health = host.bridge.health
     print(f"\n{rate:.1%}: {len(sent)} acts, {health}; a command was answered {answered_s:.2f} s after the line was clean")
+    assert answered_s < (1 if SOAK else 20)
     accounted = health.acts_started + health.acts_failed + health.acts_lost
     assert accounted <= len(sent) <= accounted + health.dropped
     host.bridge.send("get_health")
@@ -318,7 +320,7 @@ def test_a_host_that_stops_leaves_it_in_the_safe_state_until_it_is_armed_again(l
         wait_for(lambda: states()[-1][1] == "SAFE")
         safe_s = (states()[-1][0] - stopped_ns) / 1e9
         print(f"\nsafe {safe_s:.2f} s after the host was stopped")
-        assert 0.5 < safe_s < 2.5
+        assert 0.5 < safe_s < (1.2 if SOAK else 2.5)
         time.sleep(0.3)
         process.send_signal(signal.SIGCONT)
         resumed_ns = time.monotonic_ns()
@@ -346,7 +348,7 @@ def test_a_microcontroller_that_dies_and_comes_back_is_found_again(machine: Mach
     started = time.monotonic()
     host.live_until(lambda: host.bridge.connected)
     print(f"\nreconnected {time.monotonic() - started:.2f} s after it was there again")
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < (2 if SOAK else 6)
     host.armed()
     host.bridge.act("nod")
     host.live_until(lambda: host.bridge.health.acts_started > 0)
