@@ -4,6 +4,7 @@ What is signed is the manifest, byte for byte, with Ed25519 (RFC 8032). The mani
 file, and a bundle with a file that is not listed is refused, so the signature covers all of it. It lies beside the manifest in
 `manifest.sig`: the signer's public key, 32 bytes, then the signature, 64 bytes. Of fixed length, it needs no parser; with the key in
 front, a stranger's signature can be told from a broken one. The key in the file is only a name: it is never the one verified with.
+A compiled engine has the same over its record (device/engine/record.py).
 
 A machine trusts the public keys in one folder: `--keys`, else $COPRESENCE_KEYS, else /etc/copresence/keys. Every file there must be an
 Ed25519 public key in PEM: one that is skipped could be the one that was meant to protect the board. With at least one key there,
