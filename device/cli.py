@@ -271,6 +271,7 @@ def _steer(master: str, tick_ns: int, ticker: Ticker, source: Source, playout: P
     if master == "mcu":
         bridge = actuator
         assert isinstance(bridge, Bridge)
+        bridge.trim(0)  # it may have followed the session before this one
         return Steering(tick_ns, McuMaster(lambda: bridge.tick, lambda ns: ns - ticker.origin_ns), master)
     return Steering(tick_ns, follower=follower)
 
