@@ -36,13 +36,15 @@ bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository
 	$(BIN)/copresence-export build $(CHECKPOINT) --out $(BUNDLE)
 
 .PHONY: engine
-engine: bundle ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=orin-nano-super
-	$(if $(and $(HOST),$(TARGET)),,$(error give HOST=user@board and TARGET, one of export/targets.toml))
+engine: ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=… [KEY=…]
+	@.ci/board "$(HOST)" "$(TARGET)"
+	$(MAKE) --no-print-directory bundle
 	ssh $(HOST) mkdir -p copresence/build
 	rsync -a --delete --include='*.py' --include='*.toml' --include='*/' --exclude='*' --prune-empty-dirs device export $(HOST):copresence/
 	rsync -a --delete $(BUNDLE)/ $(HOST):copresence/$(BUNDLE)/
 	ssh -t $(HOST) "cd copresence && python3 -m export.cli compile $(BUNDLE) --target $(TARGET)"
 	rsync -a $(HOST):copresence/$(BUNDLE).$(TARGET).engine $(dir $(BUNDLE))
+	$(if $(KEY),$(BIN)/copresence-export sign $(BUNDLE).$(TARGET).engine --key $(KEY))
 
 .PHONY: test
 test: lint ## everything that CI checks: lint, then the tests
@@ -74,6 +76,11 @@ flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/seria
 .PHONY: bridge-soak
 bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
 	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
+
+.PHONY: fuzz-firmware
+fuzz-firmware: firmware ## ten minutes of libFuzzer on the firmware's parser and core (SECONDS=…); what is new goes into tests/corpus
+	.ci/packages clang
+	$(FIRMWARE) CORPUS=$(CURDIR)/tests/corpus SECONDS=$(or $(SECONDS),600) fuzz
 
 .PHONY: calibration
 calibration: $(VENV)/.setup bundle ## record a calibration set without hardware: the demonstration's scene, and people of the training split

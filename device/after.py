@@ -69,10 +69,11 @@ def _replay(arguments: argparse.Namespace) -> int:
     dump = Dump.read(arguments.dump)
     require_replayable(dump)
     # What this machine does not run it does not replay either; an older release than its last may be looked into.
-    bundle = Bundle.open(arguments.bundle, Trust.of_machine(None, None, allow_downgrade=True), arguments.unproven)
+    trust = Trust.of_machine(None, None, allow_downgrade=True)
+    bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
     require_bundle(dump, bundle)
     with ExitStack() as stack:
-        outcome = replay(dump, open_engine(arguments.engine, bundle, stack))
+        outcome = replay(dump, open_engine(arguments.engine, bundle, trust, stack))
     if outcome.difference is None:
         print(f"{outcome.ticks} ticks, {outcome.lost} lost: every output is bit for bit what was recorded")
         return 0

@@ -28,15 +28,18 @@ from device.engine import Buffers, Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.mcu_clock import McuFollower, McuMaster
 from device.realtime import RealTime
 from device.recorder import FlightRecorder
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
-from device.steering import MASTERS, McuMaster, Steering
+from device.steering import MASTERS, Steering
 from device.tensors import TensorMismatch
 from device.thermal import Thermometer
 from device.ticker import RealtimeTicker, SimulatedTicker, Ticker
-from firmware_bridge.bridge import Bridge, BridgeError
+from firmware_bridge.body import BodyError, read_body
+from firmware_bridge.bridge import Bridge
+from firmware_bridge.errors import BridgeError
 from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
@@ -61,6 +64,7 @@ USER_ERRORS = (
     TensorMismatch,
     SourceError,
     AudioDeviceError,
+    BodyError,
     BridgeError,
     CalibrationError,
     *after.ERRORS,
@@ -99,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
+    run.add_argument(
+        "--body",
+        type=Path,
+        metavar="FILE",
+        help="what the body is like, as TOML: its servos' calibration, ends and rest (default: a plain one)",
+    )
     run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
     run.add_argument(
@@ -163,12 +173,13 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     _choose_audio(arguments)
     _choose_master(arguments)
+    body = {} if arguments.body is None else read_body(arguments.body)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
         ticker: Ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
         stack.callback(ticker.close)
-        engine = open_engine(arguments.engine, bundle, stack)
+        engine = open_engine(arguments.engine, bundle, trust, stack)
         if trust:
             trust.memory.remember(bundle.version, bundle.path)
         calibration = None
@@ -182,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
         events = EventLog(arguments.events, patient=not realtime)
         offset_samples = arguments.playout_offset_ms * rate_hz // 1000
-        actuator = _open_bridge(arguments.bridge, stack)
+        actuator = _open_bridge(arguments.bridge, body, stack)
         loop = Loop(
             config=config,
             session=session,
@@ -220,13 +231,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report(arguments, summary, faults)
 
 
-def open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
+def open_engine(folder: Path | None, bundle: Bundle, trust: Trust | None, stack: ExitStack) -> Engine:
     """The TensorRT engine in `folder`, or without one ONNX Runtime on the bundle's graph."""
     if folder is None:
         return OnnxRuntimeEngine(bundle.graph, bundle.config)
     from device.engine.tensorrt import TensorRtEngine
 
-    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
+    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest, trust))
 
 
 def _open_recorder(arguments: argparse.Namespace, config: ModelConfig) -> FlightRecorder:
@@ -320,21 +331,23 @@ def _choose_master(arguments: argparse.Namespace) -> None:
 
 
 def _steer(master: str, tick_ns: int, ticker: Ticker, source: Source, playout: Playout, actuator: Actuator) -> Steering:
+    follower = McuFollower(actuator, tick_ns) if isinstance(actuator, Bridge) else None
     if master == "audio":
         device = source if isinstance(source, LiveMicrophone) else playout
         assert isinstance(device, LiveMicrophone | LiveSpeaker)
-        return Steering(tick_ns, device, master)
+        return Steering(tick_ns, device, master, follower)
     if master == "mcu":
         bridge = actuator
         assert isinstance(bridge, Bridge)
+        bridge.trim(0)  # it may have followed the session before this one
         return Steering(tick_ns, McuMaster(lambda: bridge.tick, lambda ns: ns - ticker.origin_ns), master)
-    return Steering(tick_ns)
+    return Steering(tick_ns, follower=follower)
 
 
-def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
+def _open_bridge(port: str | None, body: dict[str, int], stack: ExitStack) -> Actuator:
     if port is None or port == "none":
         return NoActuator()
-    bridge = Bridge(find_port() if port == "auto" else port)
+    bridge = Bridge(find_port() if port == "auto" else port, body)
     bridge.start()
     stack.callback(bridge.close)
     return bridge
@@ -353,6 +366,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
         if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
+    if arguments.body is not None and arguments.bridge in (None, "none"):
+        raise UsageError("--body: there is no body without --bridge; give its port, or leave --body out")
     if arguments.camera == "live":
         raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
@@ -412,6 +427,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "camera": arguments.camera or "none",
         "speaker": arguments.speaker,
         "bridge": arguments.bridge or "none",
+        "body": None if arguments.body is None else str(arguments.body),
         "text": arguments.text,
         "record_raw": arguments.record_raw,
     }

@@ -4,6 +4,7 @@ What is signed is the manifest, byte for byte, with Ed25519 (RFC 8032). The mani
 file, and a bundle with a file that is not listed is refused, so the signature covers all of it. It lies beside the manifest in
 `manifest.sig`: the signer's public key, 32 bytes, then the signature, 64 bytes. Of fixed length, it needs no parser; with the key in
 front, a stranger's signature can be told from a broken one. The key in the file is only a name: it is never the one verified with.
+A compiled engine has the same over its record (device/engine/record.py).
 
 A machine trusts the public keys in one folder: `--keys`, else $COPRESENCE_KEYS, else /etc/copresence/keys. Every file there must be an
 Ed25519 public key in PEM: one that is skipped could be the one that was meant to protect the board. With at least one key there,
@@ -126,22 +127,22 @@ class TrustedKeys:
             raise KeyFileError(f"{path}: holds no key; put the public keys to trust there")
         return cls(path, {read_public_key(file): file.stem for file in files})
 
-    def verify(self, manifest: bytes, signature: bytes | None, where: Path) -> str:
+    def verify(self, manifest: bytes, signature: bytes | None, where: Path, what: str = "bundle") -> str:
         """Name of the trusted key that signed `manifest`; raises Unsigned, UnknownKey or BadSignature."""
         if signature is None:
             raise Unsigned(
-                f"{where}: the bundle is not signed, and this machine runs only what the keys in {self.folder} signed; "
+                f"{where}: the {what} is not signed, and this machine runs only what the keys in {self.folder} signed; "
                 "sign it with 'copresence-export sign'"
             )
         if len(signature) != PUBLIC_BYTES + SIGNATURE_BYTES:
             raise BadSignature(
-                f"{where}: has {len(signature)} bytes and not {PUBLIC_BYTES + SIGNATURE_BYTES}; copy the bundle again or sign it again"
+                f"{where}: has {len(signature)} bytes and not {PUBLIC_BYTES + SIGNATURE_BYTES}; copy the {what} again or sign it again"
             )
         public, proof = signature[:PUBLIC_BYTES], signature[PUBLIC_BYTES:]
         if public not in self.keys:
             raise UnknownKey(
                 f"{where}: signed by the key {key_id(public)}, which is not among those in {self.folder}; "
-                "sign the bundle with a trusted key, or put that key's .pub there if you trust it"
+                f"sign the {what} with a trusted key, or put that key's .pub there if you trust it"
             )
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -150,7 +151,7 @@ class TrustedKeys:
             Ed25519PublicKey.from_public_bytes(public).verify(proof, manifest)
         except InvalidSignature as error:
             raise BadSignature(
-                f"{where}: does not fit the manifest beside it, one of the two was changed; copy the bundle again or sign it again"
+                f"{where}: does not fit the manifest beside it, one of the two was changed; copy the {what} again or sign it again"
             ) from error
         return self.keys[public]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from device.estimator import ClockEstimator
-from firmware_bridge.bridge import McuTick
-from firmware_bridge.dictionary import LIMITS
 
 MASTERS = {
     "audio": "the converter's sample clock: a tick is so many samples",
@@ -32,28 +29,14 @@ class Master(Protocol):
         """The newest one, again and again until there is a newer one; None before the first. Never waits."""
 
 
-class McuMaster:
-    """The microcontroller's tick: the session's edges come to lie on its edges."""
+class Follower(Protocol):
+    """A clock that goes along with the session's, whatever that follows; McuFollower."""
 
-    TICK_NS = LIMITS["TICK_US"][0] * 1000  # a session whose tick is another length follows its rate
+    def follow(self, edge_ns: int, ppm: float) -> None: ...
 
-    def __init__(self, tick: Callable[[], McuTick | None], session_ns: Callable[[int], int]) -> None:
-        """`tick` returns the newest one, and `session_ns` the session time at a time of CLOCK_MONOTONIC."""
-        self._tick, self._session_ns = tick, session_ns
-        self._newest: McuTick | None = None
-        self._first = 0  # what the microcontroller calls the session's tick 0
-        self._epoch = 0
+    def take_events(self) -> list[dict[str, Any]]: ...
 
-    def stamp(self) -> Stamp | None:
-        tick = self._tick()
-        if tick is None:
-            self._newest = None  # it starts anew, and with it its numbers
-            return None
-        if self._newest is None or tick.number < self._newest.number:
-            self._first = tick.number - round(self._session_ns(tick.edge_ns) / self.TICK_NS)
-            self._epoch += 1
-        self._newest = tick
-        return Stamp(tick.edge_ns, (tick.number - self._first) * self.TICK_NS, self._epoch)
+    def summary(self) -> dict[str, Any]: ...
 
 
 class Steering:
@@ -63,12 +46,12 @@ class Steering:
     that goes away leaves its last known rate behind. Each change of state is one event.
     """
 
-    def __init__(self, tick_ns: int, master: Master | None = None, name: str = "soc") -> None:
+    def __init__(self, tick_ns: int, master: Master | None = None, name: str = "soc", follower: Follower | None = None) -> None:
         """Without a master the edges are this machine's own."""
         self.name = name
         self.state = "free" if master is None else "locking"  # then locked, or holdover: it is away
         self.phase_ns = 0  # by how much the edges came too early for the master's, as far as is known
-        self._tick_ns, self._master = tick_ns, master
+        self._tick_ns, self._master, self._follower = tick_ns, master, follower
         self._estimator = ClockEstimator()
         self._newest: Stamp | None = None
         self._heard_ns = 0
@@ -78,10 +61,14 @@ class Steering:
 
     def shift_ns(self, origin_ns: int, edge_ns: int) -> int:
         """At an edge (session time), with session time 0 at `origin_ns` of CLOCK_MONOTONIC: by how much to delay the ones to come."""
-        if self._master is None:
-            return 0
         own_ns = origin_ns + edge_ns
-        self._hear(self._master.stamp(), own_ns)
+        shift_ns = 0 if self._master is None else self._towards(self._master, origin_ns, own_ns)
+        if self._follower is not None:
+            self._follower.follow(own_ns, self._estimator.ppm)
+        return shift_ns
+
+    def _towards(self, master: Master, origin_ns: int, own_ns: int) -> int:
+        self._hear(master.stamp(), own_ns)
         self._judge(own_ns)
         wanted_ns = self._fraction_ns - self._estimator.ppm * 1e-6 * self._tick_ns
         if self.state in ("locking", "locked") and self._newest is not None:
@@ -96,12 +83,13 @@ class Steering:
     def take_events(self) -> list[dict[str, Any]]:
         """What happened since the last call."""
         events, self._events = self._events, []
-        return events
+        return events if self._follower is None else [*events, *self._follower.take_events()]
 
     def summary(self) -> dict[str, Any]:
         estimator = self._estimator
         known = {} if self._master is None else {"ppm": round(estimator.ppm, 2), "ppm_sigma": round(estimator.ppm_sigma, 2)}
-        return {"master": self.name, "state": self.state, **known, "steps": self._steps, "rejected": estimator.rejected}
+        body = {} if self._follower is None else {"body": self._follower.summary()}
+        return {"master": self.name, "state": self.state, **known, "steps": self._steps, "rejected": estimator.rejected, **body}
 
     def _hear(self, stamp: Stamp | None, own_ns: int) -> None:
         before = self._newest

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     keygen.add_argument("--out", type=Path, required=True, metavar="NAME.key", help="private key to write; NAME.pub is written beside it")
     keygen.set_defaults(run=_keygen)
 
-    sign = commands.add_parser("sign", help="sign a bundle, so that boards which trust the key run it")
+    sign = commands.add_parser("sign", help="sign a bundle or a compiled engine, so that boards which trust the key run it")
     sign.add_argument("bundle", type=Path)
     sign.add_argument("--key", type=Path, required=True, metavar="NAME.key", help="private key that `keygen` wrote")
     sign.add_argument(
@@ -243,8 +243,12 @@ def _keygen(a: argparse.Namespace) -> None:
 
 
 def _sign(a: argparse.Namespace) -> None:
-    from export.sign import sign
+    from device.engine.record import RECORD_NAME
+    from export.sign import sign, sign_engine
 
+    if (a.bundle / RECORD_NAME).is_file():
+        print(f"{a.bundle}: engine signed by key {sign_engine(a.bundle, a.key)}")
+        return
     version, key = sign(a.bundle, a.key, a.version)
     print(f"{a.bundle}: signed by key {key} as version {version}")
 

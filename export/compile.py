@@ -15,7 +15,7 @@ import numpy as np
 
 from device.bundle import Bundle
 from device.engine.cuda import Gpu
-from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, describe
+from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, describe, remember_own
 from device.engine.tensorrt import TensorRtEngine, import_tensorrt
 from device.signature import Trust
 from export.replacing import replacing
@@ -37,7 +37,8 @@ def compile_engine(path: Path, target_name: str, out: Path | None = None, show: 
 
     Raises CompileError, TargetError, BundleError or EngineError.
     """
-    bundle = Bundle.open(path, Trust.of_machine())  # a board with keys compiles what it would run, and nothing else
+    trust = Trust.of_machine()
+    bundle = Bundle.open(path, trust)  # a board with keys compiles what it would run, and nothing else
     target, precision = find_target(target_name), str(bundle.manifest.get("quantized", {}).get("precision", "fp32"))
     target.require(precision)
     out = out or path.with_name(f"{path.name}.{target.name}.engine")
@@ -55,8 +56,12 @@ def compile_engine(path: Path, target_name: str, out: Path | None = None, show: 
     try:
         with replacing(out) as folder:
             _write(bundle, target, precision, built, layers, folder)
+            if trust:
+                remember_own((folder / RECORD_NAME).read_bytes(), trust)
     except OSError as error:
-        raise CompileError(f"{out}: cannot be written ({error.strerror}); free space there or give another --out") from error
+        raise CompileError(
+            f"{error.filename or out}: cannot be written ({error.strerror}); free space there or give another --out"
+        ) from error
     return out
 
 
@@ -79,14 +84,16 @@ def _write(bundle: Bundle, target: Target, precision: str, built: Built, layers:
         (folder / RECORD_NAME).write_text(json.dumps(values, indent=1) + "\n")
 
     record()  # for the device's own reader, through which the engine proves itself
-    report = {"tensorrt": version, "target": target.name, "precision": precision, "layers": layers, **_prove(bundle, folder)}
+    proof, layer_ms = _prove(bundle, folder)
+    timed = [layer | ({"ms": layer_ms[layer["name"]]} if layer["name"] in layer_ms else {}) for layer in layers]
+    report = {"tensorrt": version, "target": target.name, "precision": precision, "layers": timed, **proof}
     files[REPORT_NAME] = (json.dumps(report, indent=1) + "\n").encode()
     (folder / REPORT_NAME).write_bytes(files[REPORT_NAME])
     record()
 
 
-def _prove(bundle: Bundle, folder: Path) -> dict[str, Any]:
-    """Launch times after a warm-up, and the difference from what ONNX Runtime put out; raises CompileError."""
+def _prove(bundle: Bundle, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Launch times after a warm-up, and the difference from what ONNX Runtime put out; and each layer's ms. Raises CompileError."""
     stored = bundle.path / TICKS_NAME
     with TensorRtEngine(folder, bundle.config, bundle.digest) as engine:
         times_ms = []
@@ -96,8 +103,9 @@ def _prove(bundle: Bundle, folder: Path) -> dict[str, Any]:
                 times_ms.append(engine.device_ms)
         p50, p99 = np.percentile(times_ms, (50, 99))
         proof: dict[str, Any] = {"device_ms": {"p50": float(p50), "p99": float(p99)}, "graph_captured": engine.captured}
+        layer_ms = engine.layer_ms(WARM_UP_TICKS)
         if TICKS_NAME not in bundle.manifest["files"]:
-            return proof | {"difference": None}
+            return proof | {"difference": None}, layer_ms
         with np.load(stored) as arrays:
             reference = dict(arrays)
         found = difference(run_ticks(engine, bundle.config, len(reference["say"])), reference)
@@ -107,7 +115,7 @@ def _prove(bundle: Bundle, folder: Path) -> dict[str, Any]:
                 f"{bundle.name}: '{name}' of the engine is ONNX Runtime's in {found[name]:.1%} of {len(reference['say'])} ticks, "
                 f"below {AGREEMENT:.0%}; keep more layers in floating point and export again"
             )
-    return proof | {"difference": found, "ticks": len(reference["say"])}
+    return proof | {"difference": found, "ticks": len(reference["say"])}, layer_ms
 
 
 def wanted_precisions(bundle: Bundle) -> dict[str, str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from device.bundle import MANIFEST_NAME, Bundle
+from device.engine.record import RECORD_NAME, require_files
+from device.engine.record import SIGNATURE_NAME as ENGINE_SIGNATURE_NAME
 from device.signature import HIGHEST_VERSION, SIGNATURE_NAME, KeyFileError, Trust, TrustedKeys, VersionMemory, key_id, read_bounded
 from export.errors import ExportError
 from export.replacing import replacing
@@ -85,6 +87,21 @@ def sign(bundle_path: Path, key_file: Path, version: int | None = None) -> tuple
     except OSError as error:
         raise SignError(f"{bundle_path}: cannot be written ({error.strerror}); free space there or copy the bundle elsewhere") from error
     return version, key_id(public)
+
+
+def sign_engine(folder: Path, key_file: Path) -> str:
+    """Sign what `compile` made, by its record, which covers every file; the key's id. Raises KeyFileError, StaleEngine or SignError."""
+    key = read_private_key(key_file)
+    public = key.public_key().public_bytes_raw()
+    record = (folder / RECORD_NAME).read_bytes()
+    require_files(folder, record)
+    scratch = folder / f".{ENGINE_SIGNATURE_NAME}"
+    try:
+        scratch.write_bytes(public + key.sign(record))
+        scratch.replace(folder / ENGINE_SIGNATURE_NAME)
+    except OSError as error:
+        raise SignError(f"{folder}: cannot be written ({error.strerror}); free space there or copy the engine elsewhere") from error
+    return key_id(public)
 
 
 def read_private_key(file: Path) -> Ed25519PrivateKey:

@@ -12,8 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from firmware_bridge.bridge import ACT_LATE_NS, ACT_LEAD_NS, Bridge, BridgeError
+from firmware_bridge.acts import ACT_LATE_NS, ACT_LEAD_NS
+from firmware_bridge.body import BodyError, read_body
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.dictionary import ENUMS, MESSAGES, MOTIONS, SETTINGS, name_of
+from firmware_bridge.errors import BridgeError
 from firmware_bridge.flash import WAYS, FlashError, flash
 from firmware_bridge.framing import Decoder, Frame
 from firmware_bridge.port import PortError, find_port
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     try:
         return commands[arguments.command](arguments)
-    except UsageError as error:
+    except (UsageError, BodyError) as error:
         print(f"copresence-bridge: {error}", file=sys.stderr)
         return 2
     except (BridgeError, PortError, FlashError) as error:
@@ -69,13 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("flash", help="put a firmware onto the chip, and see that it runs ('make flash-mcu')")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="what 'make firmware' built: build/firmware")
     command.add_argument("--by", choices=sorted(WAYS), help="default: what is connected")
+    for name in ("console", "send"):  # which move it
+        commands.choices[name].add_argument(
+            "--body", type=Path, metavar="FILE", help="what the body is like, as TOML (default: what the microcontroller was told last)"
+        )
     for name in ("identify", "monitor", "console", "send", "flash"):
         commands.choices[name].add_argument("--port", metavar="PORT", help="default: the one in /dev/serial/by-id")
     return parser
 
 
 def _open(arguments: argparse.Namespace, on_message: Callable[[str, dict[str, Any]], None] | None = None) -> Bridge:
-    bridge = Bridge(arguments.port or find_port(), on_message=on_message)
+    body = getattr(arguments, "body", None)
+    settings = None if body is None else read_body(body)
+    bridge = Bridge(arguments.port or find_port(), settings, on_message)
     bridge.start()
     return bridge
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from threading import Lock
+
+from firmware_bridge.health import LinkHealth
 
 DECAY = 1 / 30  # of what is known, with every sample: at one a second, half a minute of memory
 PRIOR_S2 = 100.0  # trust in crystals: slopes seen over less than 20 s are drawn towards that of a perfect one
@@ -81,3 +84,22 @@ class ClockSync:
     def ppm(self) -> float:
         """How much faster than ours the microcontroller's clock runs."""
         return self._slope * 1e6
+
+
+class RoundTrips:
+    """Questions for the time, one after the other. Of those that were sent twice nobody knows which one was answered: they do not count."""
+
+    def __init__(self, clock: ClockSync, health: LinkHealth) -> None:
+        self._clock, self._health = clock, health
+        self._token, self._sent_ns, self._resent = -1, 0, 0
+
+    def begin(self) -> int:
+        """The token of a question that goes out now."""
+        self._token = (self._token + 1) % 65536
+        self._sent_ns, self._resent = time.monotonic_ns(), self._health.resent
+        return self._token
+
+    def end(self, token: int, mcu_us: int, now_ns: int) -> None:
+        """Its answer came."""
+        if (token, self._health.resent) == (self._token, self._resent):
+            self._clock.add(self._sent_ns, now_ns, mcu_us)

@@ -105,11 +105,25 @@ MOTIONS: dict[str, tuple[Step, ...]] = {
 }
 
 # Settings of the body: name → (default, lowest, highest, meaning). They live in RAM; the host sends them again after a reset.
-SETTINGS = {
-    "PAN_ZERO_US": (1500, 1000, 2000, "servo pulse at 0°"),
-    "PAN_US_PER_90": (1000, -1500, 1500, "change of the pulse over 90°; negative turns it round"),
-    "TILT_ZERO_US": (1500, 1000, 2000, "servo pulse at 0°"),
-    "TILT_US_PER_90": (1000, -1500, 1500, "change of the pulse over 90°; negative turns it round"),
+Setting = tuple[int, int, int, str]
+
+
+def _servo(name: str) -> dict[str, Setting]:
+    """A servo's calibration, and its limits within those of its axis."""
+    axis = AXES[name]
+    return {
+        f"{name}_ZERO_US": (1500, 1000, 2000, "servo pulse at 0°"),
+        f"{name}_US_PER_90": (1000, -1500, 1500, "change of the pulse over 90°; negative turns it round"),
+        f"{name}_LOW": (axis.low, axis.low, 0, f"end of the range, in {axis.unit}"),
+        f"{name}_HIGH": (axis.high, 0, axis.high, f"the other end, in {axis.unit}"),
+        f"{name}_REST": (axis.rest, axis.low, axis.high, f"where it is in the safe state, in {axis.unit}; not beyond the ends"),
+        f"{name}_SPEED": (axis.speed, 500, axis.speed, f"largest speed, in {axis.unit} a second"),
+    }
+
+
+SETTINGS: dict[str, Setting] = {
+    **_servo("PAN"),
+    **_servo("TILT"),
     "BATTERY_MILLI": (11_000, 1000, 50_000, "battery voltage over the voltage at the pin, in thousandths"),
     "BOARD_RESET": (1, 0, 1, "1: the board's reset line may be pulsed"),
 }

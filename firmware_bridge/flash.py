@@ -6,14 +6,17 @@ import contextlib
 import json
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from firmware_bridge.bridge import Bridge, BridgeError, Identity, WrongDictionary
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.dictionary import dictionary_hash, value_of
+from firmware_bridge.errors import BridgeError, WrongDictionary
 from firmware_bridge.port import PortError, find_port
+from firmware_bridge.session import Identity
 
 FLASH_START = "0x08000000"
 IMAGE, BUILD = "bridge.bin", "build.json"
@@ -27,35 +30,50 @@ class FlashError(Exception):
 
 @dataclass(frozen=True)
 class Way:
-    """One way to the chip's flash: the program, its arguments, and why it usually fails."""
+    """One way to the chip's flash: the program, its calls one after the other, and why it usually fails.
+
+    A call that writes the file that it is given last reads the flash back, for us to compare; the others verify by themselves.
+    """
 
     program: str
     package: str
-    arguments: Callable[[Path, str], list[str]]
+    calls: Callable[[Path, str, Path], list[list[str]]]
     causes: str
+
+
+def _dfu(image: Path, port: str, back: Path) -> list[list[str]]:
+    """It stays in its loader until what was written has been compared: nothing half-written is ever started."""
+    loader, size = ["-d", "0483:df11", "-a", "0", "-s"], image.stat().st_size
+    return [
+        [*loader, FLASH_START, "-D", str(image)],
+        [*loader, f"{FLASH_START}:{size}", "-U", str(back)],
+        [*loader, f"{FLASH_START}:leave"],
+    ]
 
 
 WAYS = {
     "dfu": Way(
         "dfu-util",
         "dfu-util",
-        lambda image, port: ["-d", "0483:df11", "-a", "0", "-s", f"{FLASH_START}:leave", "-D", str(image)],
+        _dfu,
         "the chip is not in its loader (hold BOOT0, press reset), the USB cable has no data wires, or you may not use the device "
         "(udev rule for 0483:df11). Then: make flash-mcu DFU=1",
     ),
     "uart": Way(
         "stm32flash",
         "stm32flash",
-        lambda image, port: ["-w", str(image), "-v", "-g", FLASH_START, "-S", FLASH_START, "-b", "115200", port],
+        lambda image, port, back: [["-w", str(image), "-v", "-g", FLASH_START, "-S", FLASH_START, "-b", "115200", port]],
         "the chip is not in its loader (hold BOOT0, press reset), the two data wires are swapped, ground is missing, or another "
         "program holds the port. Then: make flash-mcu PORT=…",
     ),
     "swd": Way(
         "openocd",
         "openocd",
-        lambda image, port: [
-            *("-f", "interface/stlink.cfg", "-f", "target/stm32f4x.cfg"),
-            *("-c", f"program {image} {FLASH_START} verify reset exit"),
+        lambda image, port, back: [
+            [
+                *("-f", "interface/stlink.cfg", "-f", "target/stm32f4x.cfg"),
+                *("-c", f"program {image} {FLASH_START} verify reset exit"),
+            ]
         ],
         "the probe is not connected, SWDIO and SWCLK are swapped, the board has no power of its own, or the reset wire is missing. "
         "Then: make flash-mcu SWD=1",
@@ -81,7 +99,7 @@ def flash(folder: Path, port: str | None, by: str | None, say: Callable[[str], N
         say("the chip goes into its loader")
         _enter_loader(name)
     say(f"writing {image.stat().st_size} bytes with {way.program}")
-    _run_tool(way, image, name or "")
+    _write(way, image, name or "", say)
     _confirm(name, build, say)
 
 
@@ -161,8 +179,32 @@ def _enter_loader(name: str | None) -> None:
     time.sleep(BOOT_S)
 
 
-def _run_tool(way: Way, image: Path, port: str) -> None:
-    command = [way.program, *way.arguments(image, port)]
+def _write(way: Way, image: Path, port: str, say: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        back = Path(folder) / "read-back.bin"
+        for arguments in way.calls(image, port, back):
+            _run_tool(way, arguments)
+            if back.is_file():
+                _compare(image.read_bytes(), back.read_bytes())
+                say("read back: the same")
+                back.unlink()
+            elif str(back) in arguments:
+                raise FlashError(f"{way.program} read nothing back; likely, in this order: {way.causes}")
+
+
+def _compare(written: bytes, read: bytes) -> None:
+    if read == written:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(written, read, strict=False)) if a != b), min(len(written), len(read)))
+    raise FlashError(
+        f"what was written reads back otherwise from byte {at} of {len(written)} on, and was not started; likely, in this order: the "
+        "supply sags while it writes, the chip's flash is write-protected (STM32CubeProgrammer takes that away), or it is worn. "
+        "Then: make flash-mcu once more, or SWD=1"
+    )
+
+
+def _run_tool(way: Way, arguments: list[str]) -> None:
+    command = [way.program, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as error:

@@ -6,29 +6,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from firmware_bridge.framing import SEQUENCES, encode
+from firmware_bridge.health import LinkHealth
 
 TIMEOUT_MIN_NS = 25_000_000  # a scheduler's hiccup on the host is no loss
 TIMEOUT_MAX_NS = 300_000_000  # three in a row fit into the second within which a clean line has to work again
 FIRST_TIMEOUT_NS = 100_000_000
 WAITING_MAX = 64  # frames not yet in flight; one more is dropped and counted
-
-
-@dataclass
-class LinkHealth:
-    """What became of frames and commands, from the start on."""
-
-    sent: int = 0
-    resent: int = 0
-    timeouts: int = 0
-    refusals: int = 0  # the microcontroller said that a frame was not the next one
-    dropped: int = 0  # commands that found the queue full or nobody there
-    bad_bytes: int = 0
-    crc_errors: int = 0
-    unreadable: int = 0
-    connects: int = 0
-    acts_started: int = 0
-    acts_failed: int = 0  # with a reason that the microcontroller gave
-    acts_lost: int = 0  # nobody can say what became of them
 
 
 @dataclass

@@ -411,6 +411,8 @@ def test_the_real_libraries_have_what_our_code_uses(tensorrt: str, pycuda: str, 
         "tensorrt:IBuilderConfig.progress_monitor",
         "tensorrt:ParserError.node_operator",
         "tensorrt:IProgressMonitor",
+        "tensorrt:IProfiler",
+        "tensorrt:IExecutionContext.profiler",
     } <= used, "the reader has lost sight of our code"
 
 
@@ -420,6 +422,8 @@ def test_the_real_libraries_have_what_our_code_uses(tensorrt: str, pycuda: str, 
     ("set_tensor_address(name, made.address(name))", "set_tensor_address(name)", "does not take 1 arguments"),
     ("deserialize_cuda_engine(plan)", "deserialize_cuda_engine(engine=plan)", r"does not take 0 arguments and \['engine'\]"),
     ("severity: Any, msg: str", "severity: Any, message: str", "ILogger.log must be overridden"),
+    ("context.profiler =", "context.profile =", "IExecutionContext.profile does not exist"),
+    ("layer_name: str, ms: float", "name: str, ms: float", "IProfiler.report_layer_time must be overridden"),
     ("driver.Stream(flags=NON_BLOCKING)", "driver.Stream(priority=NON_BLOCKING)", r"does not take 0 arguments and \['priority'\]"),
     ("copy.src_pitch", "copy.source_pitch", "Memcpy2D.source_pitch does not exist"),
     ("graphs.cuGraphInstantiate(graph, 0)", "graphs.cuGraphInstantiate(graph)", "does not take 1 arguments"),

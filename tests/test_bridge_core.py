@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from firmware_bridge.dictionary import (
     AXES,
     LIMITS,
+    MESSAGES,
     MOTIONS,
+    NUMBERS,
     SETTINGS,
     dictionary_hash,
     name_of,
@@ -30,8 +32,9 @@ from firmware_bridge.dictionary import (
     value_of,
     with_tables,
 )
-from firmware_bridge.framing import FRAME_MAX, Decoder, encode
-from firmware_bridge.link import LinkHealth, Window
+from firmware_bridge.framing import FRAME_MAX, SEQUENCES, Decoder, encode
+from firmware_bridge.health import LinkHealth
+from firmware_bridge.link import Window
 
 MS, S = 1000, 1_000_000
 FUZZED_FRAMES = 1_000_000 if SOAK else 100_000
@@ -250,6 +253,49 @@ def test_settings_are_checked_and_fixed_while_armed(core: Core) -> None:
     assert core.ask("get_settings", "settings")["crc"] == settings_crc(values)
 
 
+def configure(core: Core, **values: int) -> None:
+    for name, value in values.items():
+        core.send("set", setting=list(SETTINGS).index(name), value=value)
+
+
+def pan_and_tilt(core: Core, ms: int) -> list[tuple[int, int]]:
+    """Set-points as they are reported while so much time passes."""
+    poses = []
+    for _ in range(ms // 10):
+        core.advance(10 * MS)
+        core.send("heartbeat", at=core.now_us)
+        poses += [(values["pan"], values["tilt"]) for _, values in core.take("pose")]
+    return poses
+
+
+def test_a_body_has_its_own_limits_and_its_own_rest(core: Core) -> None:
+    configure(core, PAN_HIGH=2000, PAN_SPEED=1000, TILT_REST=-900, TILT_LOW=-1500)
+    assert pan_and_tilt(core, 1000)[-1] == (0, -900), "it goes to its rest at once"
+    assert core.outputs.servo_us[1] == 1400
+    armed(core)
+    act(core, 1, 0, motion="LOOK_LEFT")
+    poses = pan_and_tilt(core, 3000)
+    assert poses[-1] == (2000, 0) and max(pan for pan, _ in poses) == 2000
+    assert max(b - a for (a, _), (b, _) in pairwise(poses)) <= 1000 * 0.07, "10°/s, reported every 50 ms and a little"
+    act(core, 2, 0, motion="LOOK_DOWN")
+    assert pan_and_tilt(core, 3000)[-1] == (0, -1500)
+    core.advance(1100 * MS)
+    assert name_of("STATE", core.ask("get_state", "state")["state"]) == "SAFE"
+    core.advance(1 * S)
+    assert core.outputs.servo_us[1] == 1400, "and in the safe state"
+
+
+def test_ends_that_are_narrowed_are_gone_back_to_without_a_jump(core: Core) -> None:
+    armed(core)
+    act(core, 1, 0, motion="LOOK_LEFT")
+    assert pan_and_tilt(core, 1500)[-1] == (4500, 0)
+    core.send("disarm")
+    configure(core, PAN_HIGH=1000, PAN_REST=1999)
+    poses = pan_and_tilt(core, 2000)
+    assert poses[-1] == (1000, 0), "a rest beyond the end is the end"
+    assert max(abs(b - a) for (a, _), (b, _) in pairwise(poses)) <= AXES["PAN"].speed * 0.07
+
+
 @pytest.mark.parametrize("ppm", [0, 200, -200, 7])
 def test_the_tick_follows_its_trim_without_drift(core: Core, ppm: int) -> None:
     core.send("trim", ppm=ppm)
@@ -383,6 +429,26 @@ def test_the_c_parser_takes_damaged_frames_as_rarely_as_the_crc_allows() -> None
     frames, wrong_crc, accepted, expected = map(float, re.findall(r"[\d.]+", done.stdout))
     assert frames == FUZZED_FRAMES and wrong_crc > frames / 10, "most damage leaves nothing but the CRC to tell"
     assert accepted <= 4 * expected + 6, "a Poisson variable with the mean that 16 bits allow"
+
+
+CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
+
+
+def test_what_libfuzzer_kept_is_survived_again() -> None:
+    """Under ASan and UBSan; `make fuzz-firmware` looks for more."""
+    done = subprocess.run([built("fuzz"), *CORPUS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{len(CORPUS)} inputs\n"), done.stderr
+
+
+def test_the_corpus_gets_past_the_crc_to_every_command() -> None:
+    taken: set[str] = set()
+    for path in CORPUS:
+        expected = 0
+        for sequence, payload in Decoder().feed(path.read_bytes()[1:]):
+            if sequence == expected:
+                expected = (expected + 1) % SEQUENCES
+                taken |= {name for name, number in NUMBERS.items() if payload[:1] == bytes([number])}
+    assert taken >= {name for name, message in MESSAGES.items() if message.sender == "host"}
 
 
 def test_the_host_parser_takes_damaged_frames_as_rarely_as_the_crc_allows() -> None:

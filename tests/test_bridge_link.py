@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 from export.distill.behaviours import ACTS as MODEL_ACTS
 from firmware_bridge import flash as flasher
-from firmware_bridge.bridge import Bridge, Identity
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.cli import UsageError, main, parse_command
 from firmware_bridge.clock import ClockSync
 from firmware_bridge.dictionary import MOTIONS, Unreadable, dictionary_hash, pack, unpack
 from firmware_bridge.flash import WAYS, FlashError, flash
 from firmware_bridge.framing import SEQUENCES, Decoder, Frame, encode
-from firmware_bridge.link import TIMEOUT_MAX_NS, TIMEOUT_MIN_NS, WAITING_MAX, LinkHealth, Window
+from firmware_bridge.health import LinkHealth
+from firmware_bridge.link import TIMEOUT_MAX_NS, TIMEOUT_MIN_NS, WAITING_MAX, Window
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.port import PortError, find_port, open_port
+from firmware_bridge.session import Identity
 
 MS = 1_000_000
 
@@ -234,9 +236,16 @@ class Chip:
         (folder / "bin").mkdir()
         self._folder = folder
 
-    def tool(self, program: str, status: int = 0) -> None:
-        path = self._folder / "bin" / program
-        path.write_text(f'#!/bin/sh\necho "$0 $*" >> {self.log}\necho no device\nexit {status}\n')
+    def tool(self, program: str, status: int = 0, flash: bytes | None = None) -> None:
+        """A program that succeeds or fails; asked to read the flash (-U FILE), it gives what was written (-D FILE), or `flash`."""
+        path, kept = self._folder / "bin" / program, self._folder / "flash.bin"
+        if flash is not None:
+            (self._folder / "given.bin").write_bytes(flash)
+            kept = self._folder / "given.bin"
+        path.write_text(
+            f'#!/bin/sh\necho "$0 $*" >> {self.log}\necho no device\nwhile [ $# -gt 1 ]; do case $1 in\n'
+            f"-D) /bin/cp $2 {self._folder}/flash.bin;;\n-U) /bin/cp {kept} $2;;\nesac; shift; done\nexit {status}\n"
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def flash(self, folder: Path, by: str | None = None) -> None:
@@ -247,7 +256,7 @@ class Chip:
     ("by", "arguments"),
     [
         ("uart", "-v -g 0x08000000 -S 0x08000000 -b 115200 /dev/fake"),
-        ("dfu", "-s 0x08000000:leave -D"),
+        ("dfu", "-s 0x08000000 -D"),
         ("swd", "0x08000000 verify reset exit"),
     ],
 )
@@ -258,6 +267,37 @@ def test_flash_writes_verifies_and_sees_the_new_build(by: str, arguments: str, t
     called = chip.log.read_text()
     assert arguments in called and "bridge.bin" in called
     assert chip.said[-1] == "build 00000007 answers"
+
+
+def test_over_usb_what_was_written_is_read_back_before_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = Chip(monkeypatch, tmp_path, identity(6), identity(7))
+    chip.tool("dfu-util")
+    chip.flash(a_build(tmp_path / "fw"), "dfu")
+    calls = [line.partition("-s ")[2].split(" /")[0] for line in chip.log.read_text().splitlines()]
+    assert calls == ["0x08000000 -D", "0x08000000:64 -U", "0x08000000:leave"]
+    assert "read back: the same" in chip.said
+
+
+@pytest.mark.parametrize(
+    ("flash", "said"), [(b"\0" * 40 + b"\1" + b"\0" * 23, "otherwise from byte 40 of 64 on"), (b"\0" * 63, "from byte 63 of 64 on")]
+)
+def test_over_usb_what_reads_back_otherwise_is_not_started(
+    flash: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = Chip(monkeypatch, tmp_path, identity(6))
+    chip.tool("dfu-util", flash=flash)
+    with pytest.raises(FlashError, match=f"{said}.*write-protected.*Then: make flash-mcu"):
+        chip.flash(a_build(tmp_path / "fw"), "dfu")
+    assert ":leave" not in chip.log.read_text()
+
+
+def test_over_usb_a_tool_that_reads_nothing_back_is_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = Chip(monkeypatch, tmp_path, identity(6))
+    chip.tool("dfu-util")
+    path = tmp_path / "bin" / "dfu-util"
+    path.write_text(path.read_text().replace("-U)", "-X)"))
+    with pytest.raises(FlashError, match="read nothing back"):
+        chip.flash(a_build(tmp_path / "fw"), "dfu")
 
 
 def test_flash_stops_when_the_same_build_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
 """The real firmware in QEMU behind a pty. COPRESENCE_SOAK=1 (`make bridge-soak`) runs it long; figures are printed with -s.
 
-Bounds on time are far wider than what is aimed at: the machines that run this are shared. `make bench` shows the figures.
+Bounds on time are far wider than what is aimed at: the machines that run this are shared. The soak holds to what is aimed at, with QEMU
+alone on its processor. `make bench` shows the figures.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,12 +25,17 @@ import pytest
 from bridge_tools import OUT, REPOSITORY, SOAK, Line, built
 from test_loop import write_bundle
 
+from device import mcu_clock
 from device.cli import main as copresence
+from device.steering import Stamp, Steering
+from device.ticker import RealtimeTicker
 from export.build import build
 from export.demo import SCENE_WAV, make_scene, read_events
-from firmware_bridge.bridge import Bridge, BridgeError, WrongDictionary
+from firmware_bridge.body import read_body
+from firmware_bridge.bridge import Bridge
 from firmware_bridge.cli import main as bridge_cli
-from firmware_bridge.dictionary import dictionary_hash, name_of, value_of
+from firmware_bridge.dictionary import dictionary_hash, name_of, settings_crc, value_of
+from firmware_bridge.errors import BridgeError, WrongDictionary
 from firmware_bridge.flash import flash
 from firmware_bridge.outputs import ACTS
 from firmware_bridge.qemu import Machine
@@ -37,7 +45,7 @@ MOVING = [name for name, motion in ACTS.items() if motion]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(built("bridge-qemu.elf"), tmp_path / "mcu")
+    machine = Machine(built("bridge-qemu.elf"), tmp_path / "mcu", alone=SOAK and os.geteuid() == 0)
     machine.start()
     yield machine
     machine.kill()
@@ -152,14 +160,19 @@ def test_the_clock_is_known(host: Host) -> None:
     low, high = max(low for low, _ in asked), min(high for _, high in asked)
     errors_ms = [max(low - offset, offset - high, 0) / 1e6 for offset in offsets]
     print(f"\nclock: error beyond the bounds of all round trips ({(high - low) / 1e6:.3f} ms apart) in ms: {percentiles(errors_ms)}")
-    assert np.percentile(errors_ms, 99) < 5
+    assert np.percentile(errors_ms, 99) < (0.5 if SOAK else 5)
 
 
-def test_acts_are_executed_once_in_order_at_their_time(host: Host) -> None:
+ACT_BOUND_MS = 2
+
+
+def test_acts_are_executed_once_in_order_at_their_time(machine: Machine, host: Host) -> None:
     host.armed()
     rng, sent = random.Random(3), []
+    waits = [(time.monotonic_ns(), machine.waited_ns)]
 
     def act() -> None:
+        waits.append((time.monotonic_ns(), machine.waited_ns))
         if rng.random() < 0.4:
             name, at_ns = MOVING[len(sent) % len(MOVING)], time.monotonic_ns() + rng.randrange(60, 90) * 1_000_000
             host.bridge.act(name, at_ns)
@@ -177,7 +190,20 @@ def test_acts_are_executed_once_in_order_at_their_time(host: Host) -> None:
     host.bridge.send("get_health")
     host.live_until(lambda: host.bridge.mcu_health.get("acts_started") == len(begun))
     late_ms = [event["late_ms"] for event in begun]
-    print(f"\n{len(sent)} acts, off their time in ms: {percentiles([abs(late) for late in late_ms])}")
+    waits.append((time.monotonic_ns(), machine.waited_ns))
+
+    def starved_ms(event: dict[str, Any]) -> float:
+        """For how long the kernel kept QEMU from running around the act: that much is not the firmware's."""
+        since, until = event["at_ns"] - 1e6 * event["late_ms"], event["at_ns"]
+        before = max(waited for at, waited in waits if at <= max(since, waits[0][0]))
+        return (min(waited for at, waited in waits if at >= until) - before) / 1e6
+
+    off = [event for event in begun if abs(event["late_ms"]) > ACT_BOUND_MS]
+    ours = [event for event in off if not 0 < event["late_ms"] - ACT_BOUND_MS <= starved_ms(event)]
+    print(f"\n{len(sent)} acts, off their time in ms: {percentiles([abs(late) for late in late_ms])}; QEMU waited", end=" ")
+    print(f"{(waits[-1][1] - waits[0][1]) / 1e6:.0f} ms for a processor; {len(off)} beyond 2 ms, {len(ours)} of them not explained by that")
+    if SOAK:
+        assert not ours, [(event["late_ms"], starved_ms(event)) for event in ours]
     assert min(late_ms) > -5 and max(late_ms) < 205, "never early, never past its deadline"
     tilts = [values["tilt"] for values in host.all("pose")]
     assert max(tilts) > 400 > -400 > min(tilts), "and the servos went"
@@ -223,6 +249,8 @@ def test_a_bad_line_executes_nothing_wrong_and_loses_nothing_in_silence(line: Li
     sent: list[str] = []
 
     def act() -> None:
+        if host.bridge.state == "SAFE":
+            host.bridge.arm()  # the worst lines lose heartbeats for a second
         if host.bridge.connected and host.bridge.state == "ARMED":
             name = MOVING[len(sent) % len(MOVING)]
             host.bridge.act(name)
@@ -233,12 +261,19 @@ def test_a_bad_line_executes_nothing_wrong_and_loses_nothing_in_silence(line: Li
     line.rate = 0.0
     cleaned = time.monotonic()
     host.bridge.arm()
+    asked = len(host.all("settings"))
+    while len(host.all("settings")) == asked:
+        assert time.monotonic() < cleaned + 20, host.bridge.health
+        if host.bridge.connected and not host.bridge.backlog:
+            host.bridge.send("get_settings")
+        host.live(0.05, period_s=0.05)
+    answered_s = time.monotonic() - cleaned
     seen = len(host.heard)
     host.live_until(lambda: any(name == "clock" or name == "health" for _, name, _ in host.heard[seen:]) and host.bridge.connected)
-    recovered_s = time.monotonic() - cleaned
     host.live_until(lambda: not host.bridge._acts and not host.bridge._commands)
     health = host.bridge.health
-    print(f"\n{rate:.1%}: {len(sent)} acts, {health}; recovered {recovered_s:.2f} s after the line was clean")
+    print(f"\n{rate:.1%}: {len(sent)} acts, {health}; a command was answered {answered_s:.2f} s after the line was clean")
+    assert answered_s < (1 if SOAK else 20)
     accounted = health.acts_started + health.acts_failed + health.acts_lost
     assert accounted <= len(sent) <= accounted + health.dropped
     host.bridge.send("get_health")
@@ -285,7 +320,7 @@ def test_a_host_that_stops_leaves_it_in_the_safe_state_until_it_is_armed_again(l
         wait_for(lambda: states()[-1][1] == "SAFE")
         safe_s = (states()[-1][0] - stopped_ns) / 1e9
         print(f"\nsafe {safe_s:.2f} s after the host was stopped")
-        assert 0.5 < safe_s < 2.5
+        assert 0.5 < safe_s < (1.2 if SOAK else 2.5)
         time.sleep(0.3)
         process.send_signal(signal.SIGCONT)
         resumed_ns = time.monotonic_ns()
@@ -313,11 +348,57 @@ def test_a_microcontroller_that_dies_and_comes_back_is_found_again(machine: Mach
     started = time.monotonic()
     host.live_until(lambda: host.bridge.connected)
     print(f"\nreconnected {time.monotonic() - started:.2f} s after it was there again")
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < (2 if SOAK else 6)
     host.armed()
     host.bridge.act("nod")
     host.live_until(lambda: host.bridge.health.acts_started > 0)
     assert [event["event"] for event in host.events if event["event"] in ("bridge_up", "bridge_down")][-2:] == ["bridge_down", "bridge_up"]
+
+
+def test_a_run_misses_no_tick_when_the_microcontroller_dies_and_comes_back(machine: Machine, tmp_path: Path) -> None:
+    """The device's own loop; QEMU is killed in mid-run, and started again a second later."""
+    bundle, log, body = write_bundle(tmp_path / "echo"), tmp_path / "events.jsonl", tmp_path / "body.toml"
+    body.write_text("[tilt]\nzero_us = 1520\nrest_deg = -10\n")
+    times: dict[str, float] = {}
+
+    def count(event: str) -> int:
+        return log.read_text().count(f'"event":"{event}"') if log.is_file() else 0
+
+    def wait_for(event: str, wanted: int) -> None:
+        deadline = time.monotonic() + 60
+        while count(event) < wanted and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def kill_and_start() -> None:
+        wait_for("tick", 10)
+        machine.kill()
+        killed = time.monotonic()
+        wait_for("bridge_down", 1)
+        time.sleep(1.0)
+        machine.start()
+        times["away"] = time.monotonic() - killed
+        wait_for("bridge_up", 2)
+        wait_for("tick", count("tick") + 10)
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends the run
+
+    hand = threading.Thread(target=kill_and_start)
+    hand.start()
+    arguments = ["--mic", "none", "--speaker", "none", "--bridge", str(machine.port), "--body", str(body), "--events", str(log)]
+    assert copresence(["run", "--bundle", str(bundle), "--seconds", "120", *arguments]) == 0
+    hand.join()
+    events = read_events(log)
+    summary, ticks = events[-1], [event["tick"] for event in events if event["event"] == "tick"]
+    up = [event for event in events if event["event"] == "bridge_up"]
+    down = next(event for event in events if event["event"] == "bridge_down")
+    reconnect_s = up[1]["t_s"] - down["t_s"] - times["away"]
+    print(f"\n{len(ticks)} ticks, {summary['gap_ticks']} lost; reconnected {reconnect_s:.2f} s after QEMU was there again")
+    assert summary["ended_by"] == "signal" and len(up) == 2 and down["tick"] < up[1]["tick"]
+    assert summary["gap_ticks"] == 0 and ticks == list(range(len(ticks)))
+    bridge = Bridge(str(machine.port))
+    bridge.start(patience_s=20)
+    settings = bridge.identity.settings if bridge.identity else 0
+    bridge.close()
+    assert settings == settings_crc(read_body(body)), "the body that came back was told again what it is like"
 
 
 def test_another_dictionary_is_refused_with_the_remedy(tmp_path: Path, connect: Connect) -> None:
@@ -369,6 +450,7 @@ def test_the_companion_hears_up_and_the_body_looks_up(machine: Machine, tmp_path
     files = ("--mic", str(tmp_path / SCENE_WAV), "--speaker", "none", "--events", str(events), "--bridge", str(machine.port))
     assert copresence(["run", "--bundle", str(bundle), *files, "--clock", "realtime", "--seconds", "3.4"]) == 0
     happened = read_events(events)
+    assert happened[-1]["clock"]["body"]["state"] in ("locking", "locked"), "its tick is trimmed meanwhile"
     chosen = next(event["t_s"] for event in happened if event["event"] == "tick" and event["act"] == "look_up")
     poses = [event for event in happened if event["event"] == "bridge_pose" and event["t_s"] > chosen]
     moved = next(event["t_s"] for event in poses if event["tilt"] > 0)
@@ -386,3 +468,43 @@ def test_a_runs_edges_follow_the_microcontroller(machine: Machine, tmp_path: Pat
     assert "locked" in [event["state"] for event in events if event["event"] == "clock"]
     assert (events[-1]["clock"]["master"], events[-1]["clock"]["state"]) == ("mcu", "locked")
     assert abs(events[-1]["clock"]["ppm"]) < 500
+
+
+class FastConverter:
+    """The sample clock of a sound card that is 300 ppm fast."""
+
+    PPM = 300
+
+    def __init__(self, start_ns: int) -> None:
+        self._start_ns = start_ns
+
+    def stamp(self) -> Stamp:
+        now_ns = time.monotonic_ns()
+        return Stamp(now_ns, round((now_ns - self._start_ns) * (1 + self.PPM * 1e-6)))
+
+
+def test_the_microcontrollers_tick_follows_the_audio_clock(host: Host) -> None:
+    """Trimmed through the firmware's own timer, from 5 ms beside the session's edges onto them."""
+    host.armed()
+    bridge, ticker = host.bridge, RealtimeTicker(mcu_clock.TICK_NS)
+    follower = mcu_clock.McuFollower(bridge, mcu_clock.TICK_NS)
+    before = bridge.tick
+    host.live_until(lambda: bridge.tick is not before)
+    ticker.start()
+    assert bridge.tick is not None
+    ticker.steer((bridge.tick.edge_ns - ticker.origin_ns) % mcu_clock.TICK_NS - 5_000_000)
+    steering, phases_ms = Steering(mcu_clock.TICK_NS, FastConverter(ticker.origin_ns), "audio", follower), []
+    tick = 0
+    while tick < 150:
+        edge = ticker.wait(tick)
+        ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
+        bridge.heartbeat()
+        phases_ms.append(follower.phase_ns / 1e6)
+        tick = edge.tick + 1
+    ticker.close()
+    ticks = host.all("tick")[-40:]
+    period_us = (ticks[-1]["at"] - ticks[0]["at"]) / (ticks[-1]["number"] - ticks[0]["number"])
+    print(f"\nphase in ms: {phases_ms[1]:.3f} at first, {np.median(phases_ms[-40:]):.3f} at last; period {period_us:.2f} µs")
+    assert max(phases_ms[:10]) > 3 and abs(np.median(phases_ms[-40:])) < 1
+    assert period_us == pytest.approx(200_000 * (1 - FastConverter.PPM * 1e-6), abs=20), "by the firmware's own timer"
+    assert host.bridge.mcu_health.get("tx_dropped", 0) == 0 and not host.happened("bridge_refused")

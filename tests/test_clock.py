@@ -10,7 +10,8 @@ import pytest
 from device import live_audio
 from device.estimator import RATE_MAX, ClockEstimator
 from device.live_audio import LiveMicrophone, LiveSpeaker
-from device.steering import AWAY_TICKS, SLEW, McuMaster, Stamp, Steering
+from device.mcu_clock import LOCKED_NS, TRIM_PPM_MAX, McuFollower, McuMaster
+from device.steering import AWAY_TICKS, SLEW, Stamp, Steering
 from export import clock_bench
 from export.drift import RATE_HZ, TICK_NS, Crystal, SimulatedCard, SimulatedEdges, SimulatedStream, phase_errors_ms
 from firmware_bridge.bridge import McuTick
@@ -202,6 +203,72 @@ def test_edges_come_to_lie_on_the_microcontrollers_and_do_so_again_after_its_res
         off_ns = (edges[-1] - phase_ns + period_ns / 2) % period_ns - period_ns / 2
         assert abs(off_ns) < 50_000
         assert np.abs(np.diff(edges) - TICK_NS).max() <= SLEW * TICK_NS + 1
+
+
+class Body:
+    """A microcontroller whose crystal is off by so much; its tick is as it was told, from the one after the next on."""
+
+    def __init__(self, ppm: float, phase_ns: int, jitter_ns: float) -> None:
+        self.clock, self.tick, self.connected = self, None, True
+        self.ppm, self.true_ns = ppm, float(phase_ns)
+        self.trims: list[int] = []
+        self._told = self._number = 0
+        self._random, self._jitter_ns = np.random.default_rng(3), jitter_ns
+
+    def trim(self, ppm: int) -> None:
+        self.trims.append(ppm)
+        self._told = ppm
+
+    def advance(self, until_ns: int) -> None:
+        while self.true_ns + 2_000_000 <= until_ns:  # its report is 2 ms under way
+            self.tick = McuTick(self._number, 0, round(self.true_ns + self._random.uniform(-self._jitter_ns, self._jitter_ns)))
+            self._number += 1
+            self.true_ns += TICK_NS * (1 + self._told * 1e-6) * (1 - self.ppm * 1e-6)
+
+
+@pytest.mark.parametrize("phase_ns", [3_000_000, -60_000_000, 95_000_000])
+@pytest.mark.parametrize(("own_ppm", "master_ppm"), [(0, 250), (-200, 100), (150, 0), (40, None)])
+def test_the_microcontrollers_edges_come_to_lie_on_the_sessions(own_ppm: float, master_ppm: float | None, phase_ns: int) -> None:
+    body, master, origin_ns = Body(own_ppm, 10_000_000_000 + phase_ns, 100_000), Script(), 10_000_000_000
+    follower = McuFollower(body, TICK_NS)
+    steering = Steering(TICK_NS, None if master_ppm is None else master, "audio", follower)
+    start_ns, off_ns = origin_ns, []
+    for k in range(1, 1200):
+        edge_ns = origin_ns + k * TICK_NS
+        body.advance(edge_ns)
+        master.newest = Stamp(edge_ns, round((edge_ns - start_ns) * (1 + (master_ppm or 0) * 1e-6)))
+        origin_ns += steering.shift_ns(origin_ns, k * TICK_NS)
+        off_ns.append((body.true_ns - origin_ns + TICK_NS / 2) % TICK_NS - TICK_NS / 2)
+    assert max(map(abs, off_ns[-200:])) < 60_000, "the edges themselves, whatever the stamps of them say"
+    assert max(map(abs, body.trims)) <= TRIM_PPM_MAX
+    events = steering.take_events()
+    assert [event["state"] for event in events if event["event"] == "body_clock"] == ["locking", "locked"] or abs(phase_ns) < 4 * LOCKED_NS
+    assert steering.summary()["body"]["state"] == "locked"
+
+
+def test_one_that_comes_back_is_told_its_trim_again() -> None:
+    body = Body(80, 10_000_000_000, 0)
+    follower = McuFollower(body, TICK_NS)
+    for k in range(1, 200):
+        body.advance(10_000_000_000 + k * TICK_NS)
+        follower.follow(10_000_000_000, 0.0)
+    told = len(body.trims)
+    body.connected = False
+    follower.follow(10_000_000_000, 0.0)
+    assert follower.state == "away" and len(body.trims) == told, "nobody is told anything"
+    body.connected = True
+    follower.follow(10_000_000_000, 0.0)
+    assert len(body.trims) == told + 1 and body.trims[-1] == pytest.approx(80, abs=2)
+    assert [event["state"] for event in follower.take_events()][-2:] == ["away", "locking"]
+
+
+def test_a_session_with_another_tick_is_followed_in_rate_alone() -> None:
+    body = Body(-120, 10_050_000_000, 0)
+    follower = McuFollower(body, TICK_NS // 2)
+    for k in range(1, 40):
+        body.advance(10_000_000_000 + k * TICK_NS)
+        follower.follow(10_000_000_000, 30.0)
+    assert set(body.trims) == {-150}
 
 
 # --- samples ------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from ticks import SMALL, make_model
 
 from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven
 from device.engine import OnnxRuntimeEngine
-from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME
+from device.engine.record import OWN_NAME, PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME, remember_own
 from device.engine.tensorrt import TensorRtEngine
-from device.signature import Unsigned
+from device.signature import Trust, Unsigned, VersionMemory
 from device.tensors import tensor_table
 from export.cli import main
 from export.compile import QUANTIZATION_NAME, compile_engine
@@ -88,10 +88,26 @@ def test_a_bundle_becomes_an_engine_that_runs(double: Any, bundle: Path) -> None
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
     report = json.loads((folder / REPORT_NAME).read_text())
     assert report["ticks"] == TICKS and report["difference"]["say"] == 1 and report["difference"]["speech"] == 0
-    assert report["device_ms"]["p50"] > 0 and report["layers"] == [{"name": "all", "type": "kgen", "bits": "32"}]
+    assert report["device_ms"]["p50"] > 0 and report["layers"] == [{"name": "all", "type": "kgen", "bits": "32", "ms": 0.25}]
     opened = Bundle.open(bundle)
     with TensorRtEngine(folder, opened.config, opened.digest) as engine:
         engine.run()
+
+
+def test_a_layer_that_the_profiler_does_not_name_has_no_time(double: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double._layers = [layer("timed", "Float"), layer("silent", "Float")]
+    report = double.IExecutionContext.execute_async_v3
+
+    def one_layer(self: Any, stream_handle: int) -> bool:
+        told, double._layers = double._layers, double._layers[:1]
+        done = report(self, stream_handle)
+        double._layers = told
+        return done
+
+    monkeypatch.setattr(double.IExecutionContext, "execute_async_v3", one_layer)
+    folder = compile_engine(bundle, TARGET, show=quiet)
+    layers = json.loads((folder / REPORT_NAME).read_text())["layers"]
+    assert [(found["name"], found.get("ms")) for found in layers] == [("timed", 0.25), ("silent", None)]
 
 
 def test_a_bundle_that_has_not_proven_itself_is_not_compiled(double: Any, bundle: Path) -> None:
@@ -111,7 +127,29 @@ def test_a_board_with_keys_compiles_nothing_that_they_did_not_sign(
     with pytest.raises(Unsigned):
         compile_engine(bundle, TARGET)
     sign(bundle, tmp_path / "ours.key")
-    assert (compile_engine(bundle, TARGET) / RECORD_NAME).is_file()
+    folder, trust = compile_engine(bundle, TARGET), Trust.of_machine()
+    opened = Bundle.open(bundle, trust)
+    TensorRtEngine(folder, opened.config, opened.digest, trust).close()  # its own build needs nobody's word …
+    (tmp_path / "state" / OWN_NAME).unlink()
+    with pytest.raises(Unsigned, match="the engine is not signed"):
+        TensorRtEngine(folder, opened.config, opened.digest, trust)  # … which on another board it does
+
+
+def test_an_engine_that_is_not_remembered_as_ones_own_is_not_put_in_place(
+    double: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public, _ = keygen(tmp_path / "ours.key")
+    (tmp_path / "keys").mkdir()
+    public.rename(tmp_path / "keys" / public.name)
+    sign(bundle, tmp_path / "ours.key")
+    (tmp_path / "state").write_text("a file")
+    monkeypatch.setenv("COPRESENCE_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setattr("export.compile.remember_own", lambda record, trust: remember_own(record, Trust(trust.keys, blocked)))
+    blocked = VersionMemory(tmp_path / "state")
+    monkeypatch.setenv("COPRESENCE_STATE", str(tmp_path / "elsewhere"))
+    with pytest.raises(CompileError, match=r"state: cannot be written"):
+        compile_engine(bundle, TARGET)
+    assert not bundle.with_name(f"small.{TARGET}.engine").exists()
 
 
 def test_the_stored_ticks_are_worth_comparing(files: dict[str, bytes], tmp_path: Path) -> None:

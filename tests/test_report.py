@@ -301,8 +301,15 @@ def test_the_engine_tells_layers_and_measured_time(
     times = written["device_ms"]
     assert f"{times['p50']:.3f} ms p50, {times['p99']:.3f} ms p99" in page.text and "TensorRT 10.3.0" in page.text
     for layer in written["layers"]:
-        assert re.search(rf"{layer['name']}\s+{layer['type']}\s+{layer['bits']}", page.text)
+        assert re.search(rf"{layer['name']}\s+{layer['type']}\s+{layer['bits']}\s+{1000 * layer['ms']:.2f}", page.text)
+    assert "250 µs in all" in page.text and "Not here: measured time by layer" not in page.text
     assert re.search(rf"orin-nano-super .{{1,90}} {times['p50']:.2f} ", page.text)
+    subject = read_subject(folder / "float", engine)
+    assert subject.engine
+    untimed = [{name: value for name, value in layer.items() if name != "ms"} for layer in written["layers"]]
+    old = dataclasses.replace(subject.engine.report, values=written | {"layers": untimed})
+    text = Page(render(dataclasses.replace(subject, engine=dataclasses.replace(subject.engine, report=old)))).text
+    assert "Not here: measured time by layer: this engine was compiled before" in text and "µs in all" not in text
     before = out.read_bytes()
     for bundle, message in (("int8", "was compiled from another bundle"), ("float", "is not the report of this engine")):
         (engine / REPORT_NAME).write_text(json.dumps(written | {"layers": []}))

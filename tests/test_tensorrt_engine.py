@@ -27,11 +27,14 @@ from device.engine import (
     OutOfDeviceMemory,
     StaleEngine,
 )
-from device.engine.record import PLAN_NAME, RECORD_NAME, describe
+from device.engine.record import OWN_MAX, OWN_NAME, PLAN_NAME, RECORD_NAME, SIGNATURE_NAME, describe, load_plan, remember_own
 from device.engine.tensorrt import TensorRtEngine
 from device.session import Session
+from device.signature import BadSignature, Trust, TrustedKeys, UnknownKey, Unsigned, VersionMemory
 from device.tensors import TensorMismatch, tensor_table
+from export.cli import main as exporter
 from export.graph import build_graph
+from export.sign import keygen, sign_engine
 
 DIGEST = "a bundle's SHA-256"
 TICKS = 23  # the longest ring of the small model, 5 ticks, wraps four times
@@ -271,3 +274,75 @@ def test_a_missing_library_is_named(library: str, double: Any, graph: bytes, tmp
 def test_nobody_takes_pycudas_own_context(repository: Path) -> None:
     sources = [path.read_text() for folder in ("device", "export") for path in (repository / folder).rglob("*.py")]
     assert sources and not any("autoinit" in source for source in sources)
+
+
+# --- who vouches for it -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trust(tmp_path: Path) -> Trust:
+    """A machine that takes the word of one key, `ours.key`."""
+    (tmp_path / "keys").mkdir()
+    for name in ("ours", "theirs"):
+        keygen(tmp_path / f"{name}.key")
+    (tmp_path / "ours.pub").rename(tmp_path / "keys" / "ours.pub")
+    return Trust(TrustedKeys.read(tmp_path / "keys"), VersionMemory(tmp_path / "state"))
+
+
+def load(folder: Path, trust: Trust | None) -> bytes:
+    return load_plan(folder, DIGEST, SMALL, "10.3.0", "8.7", trust)
+
+
+def test_an_engine_is_taken_from_a_trusted_key_alone(trust: Trust, graph: bytes, tmp_path: Path) -> None:
+    folder = write_engine(tmp_path / "engine", graph)
+    with pytest.raises(Unsigned, match=r"the engine is not signed.*copresence-export sign"):
+        load(folder, trust)
+    sign_engine(folder, tmp_path / "theirs.key")
+    with pytest.raises(UnknownKey, match="sign the engine with a trusted key"):
+        load(folder, trust)
+    assert exporter(["sign", str(folder), "--key", str(tmp_path / "ours.key")]) == 0
+    assert load(folder, trust).endswith(graph)
+    assert {file.name for file in folder.iterdir()} == {PLAN_NAME, RECORD_NAME, SIGNATURE_NAME}
+
+
+@pytest.mark.parametrize("flip", [0, 31, 40, 95])
+def test_a_flipped_bit_is_found_before_the_record_is_parsed(
+    flip: int, trust: Trust, graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_engine(tmp_path / "engine", graph)
+    sign_engine(folder, tmp_path / "ours.key")
+    signature, record = (bytearray((folder / name).read_bytes()) for name in (SIGNATURE_NAME, RECORD_NAME))
+    spoilt = signature.copy()
+    spoilt[flip] ^= 1
+    (folder / SIGNATURE_NAME).write_bytes(spoilt)
+    monkeypatch.setattr("json.loads", lambda *_: pytest.fail("parsed"))
+    with pytest.raises((UnknownKey, BadSignature)):
+        load(folder, trust)
+    record[flip] ^= 1
+    (folder / SIGNATURE_NAME).write_bytes(signature)
+    (folder / RECORD_NAME).write_bytes(record)
+    with pytest.raises(BadSignature):
+        load(folder, trust)
+    (folder / SIGNATURE_NAME).write_bytes(signature[:-1])
+    with pytest.raises(BadSignature, match="has 95 bytes"):
+        load(folder, trust)
+
+
+def test_the_boards_own_build_needs_nobodys_word_and_the_newest_are_remembered(trust: Trust, graph: bytes, tmp_path: Path) -> None:
+    folder = write_engine(tmp_path / "engine", graph)
+    record = (folder / RECORD_NAME).read_bytes()
+    remember_own(record, trust)
+    assert load(folder, trust).endswith(graph)
+    for number in range(OWN_MAX):
+        remember_own(b"%d" % number, trust)
+    with pytest.raises(Unsigned):
+        load(folder, trust)
+    assert len((tmp_path / "state" / OWN_NAME).read_text().split()) == OWN_MAX
+
+
+def test_nothing_but_what_was_compiled_is_signed(trust: Trust, graph: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_engine(tmp_path / "engine", graph)
+    (folder / PLAN_NAME).write_bytes(b"another")
+    assert exporter(["sign", str(folder), "--key", str(tmp_path / "ours.key")]) == 2
+    assert "is not the file that was compiled" in capsys.readouterr().err
+    assert not (folder / SIGNATURE_NAME).exists()

@@ -15,9 +15,10 @@ from device.config import ModelConfig
 from export import cli
 from export.distill.behaviours import ACTS, WORDS, Trial
 from export.quantize import verify as module
+from export.quantize.closed_loop import Board, Life, Pair
 from export.quantize.compare import ProbeEngine
 from export.quantize.gates import GATES, Gate
-from export.quantize.verify import Decisions, Pair, _Board, _LongRun, _measure, corpus_digest
+from export.quantize.verify import _LongRun, _measure, corpus_digest
 from export.scoreboard.score import HIT, MISSED, Outcome, Verdict
 
 CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
@@ -29,16 +30,16 @@ def _pair(hits: tuple[list[int], list[int]], say: np.ndarray | None = None) -> P
         Verdict([Outcome(Trial("act", 0.0, ()), 0, HIT if hit else MISSED, None) for hit in half], [], 0.0, 0, [], []) for half in hits
     ]
     quiet = np.zeros((10, 2), np.int32)
-    decisions = [Decisions(quiet if i == 0 or say is None else say, np.zeros(10, np.int32)) for i in (0, 1)]
-    return Pair((verdicts[0], verdicts[1]), (decisions[0], decisions[1]), 2.0)
+    lives = [Life(verdict, quiet if i == 0 or say is None else say, np.zeros(10, np.int32)) for i, verdict in enumerate(verdicts)]
+    return Pair((lives[0], lives[1]), 2.0)
 
 
 def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_both() -> None:
     pairs = [_pair(([1, 1], [1, 1])) for _ in range(40)] + [_pair(([1], [0])) for _ in range(20)]
-    loss, low, high = _Board(pairs).loss()
+    loss, low, high = Board(pairs).loss()
     assert loss == pytest.approx(20.0) and 10 < low < 20 < high < 32
     equal = [_pair(([1, 0], [1, 0])) for _ in range(30)]
-    assert _Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
+    assert Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
 
 
 def test_every_tick_counts_in_the_agreement() -> None:

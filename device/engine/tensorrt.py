@@ -13,6 +13,7 @@ from device.config import ModelConfig
 from device.engine.cuda import Block, DeviceMemory, Gpu, Graph, Mirror
 from device.engine.interface import Buffers, EngineFailure, Memory, NoAccelerator
 from device.engine.record import REMEDY, load_plan
+from device.signature import Trust
 from device.tensors import tensor_table
 
 
@@ -20,20 +21,21 @@ class TensorRtEngine:
     """A compiled engine; close it, or leave its `with` block, to hand the GPU's context back.
 
     `inputs` and `outputs` are pinned; state and update rows stay on the GPU. `device_ms` is the last launch's time there.
-    Raises NoAccelerator, StaleEngine, TensorMismatch, OutOfDeviceMemory or EngineFailure.
+    With `trust`, an engine that neither a trusted key nor this machine's own `compile` vouches for is not even parsed. Raises
+    NoAccelerator, StaleEngine, TensorMismatch, OutOfDeviceMemory or EngineFailure, and Unsigned, UnknownKey or BadSignature.
     """
 
     inputs: Buffers
     outputs: Buffers
     memory: Memory
 
-    def __init__(self, folder: Path, config: ModelConfig, bundle_sha256: str) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, bundle_sha256: str, trust: Trust | None = None) -> None:
         trt = import_tensorrt()
         self.device_ms = 0.0
         with contextlib.ExitStack() as closing:
             self._gpu = Gpu()
             closing.callback(self._gpu.close)
-            plan = load_plan(folder, bundle_sha256, config, str(trt.__version__), self._gpu.sm)
+            plan = load_plan(folder, bundle_sha256, config, str(trt.__version__), self._gpu.sm, trust)
             self._open(trt, plan, config, str(folder), closing)
             self._closing = closing.pop_all()
 
@@ -47,6 +49,7 @@ class TensorRtEngine:
         require_io(trt, engine, config, where)
         rows = tensor_table(config)
         placed: list[Block] = []
+        self._placed, self._where = placed, where
 
         def block(role: str) -> Block:
             made = Block(gpu, [row for row in rows if row.role == role])
@@ -64,22 +67,27 @@ class TensorRtEngine:
         self.inputs, self.outputs = self._in.arrays, self._out.arrays
         self.memory = DeviceMemory(gpu, config, block("state"), block("update"))
         context = engine.create_execution_context()
-        if context is None:
-            raise EngineFailure(
-                f"{where}: TensorRT cannot make an execution context{self._log.words()}; stop other programs on the GPU and start again"
-            )
+        self._bind(context)
         self._runtime, self._engine, self._context = runtime, engine, context
         closing.callback(self._forget)
-        for made in placed:
-            for name in made.offsets:
-                if not context.set_tensor_address(name, made.address(name)):
-                    raise EngineFailure(f"{where}: TensorRT refuses the address of '{name}'{self._log.words()}; {REMEDY}")
         self._graph: Graph | None = None
         self.run()  # TensorRT allocates in its first launch; the first tick must not, and a capture cannot
         with gpu.typed_errors("capturing the launch"):
             self._graph = Graph(gpu, self._enqueue)
         closing.callback(self._graph.close)
         self.run()
+
+    def _bind(self, context: Any) -> None:
+        """Raises EngineFailure; `context` is what create_execution_context gave."""
+        if context is None:
+            raise EngineFailure(
+                f"{self._where}: TensorRT cannot make an execution context{self._log.words()}; "
+                "stop other programs on the GPU and start again"
+            )
+        for made in self._placed:
+            for name in made.offsets:
+                if not context.set_tensor_address(name, made.address(name)):
+                    raise EngineFailure(f"{self._where}: TensorRT refuses the address of '{name}'{self._log.words()}; {REMEDY}")
 
     @property
     def captured(self) -> bool:
@@ -89,6 +97,23 @@ class TensorRtEngine:
     def run(self) -> None:
         with self._gpu.typed_errors("running a tick"):
             self.device_ms = self._gpu.timed(self._enqueue if self._graph is None else self._graph.launch)
+
+    def layer_ms(self, launches: int) -> dict[str, float]:
+        """Mean ms on the GPU of each layer, by the name that the engine inspector gives it, over so many launches.
+
+        TensorRT's profiler waits for each layer: the sum is more than a launch takes. It has a context of its own, so that the
+        one that runs ticks stays as it is.
+        """
+        trt = import_tensorrt()
+        context = self._engine.create_execution_context()
+        self._bind(context)
+        context.profiler = profiler = make_profiler(trt)
+        with self._gpu.typed_errors("timing the layers"):
+            for _ in range(launches):
+                if not context.execute_async_v3(self._gpu.stream.handle):
+                    raise EngineFailure(f"TensorRT did not launch the tick{self._log.words()}; start again, and {REMEDY} if it stays")
+                self._gpu.stream.synchronize()
+        return {name: total / launches for name, total in profiler.total_ms.items()}
 
     def _enqueue(self) -> None:
         self._in.upload()
@@ -142,6 +167,20 @@ def make_log(trt: Any) -> Any:
             return f" ({'; '.join(self.errors)})" if self.errors else ""
 
     return Log()
+
+
+def make_profiler(trt: Any) -> Any:
+    """A TensorRT profiler that adds up what each layer took."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.total_ms: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.total_ms[layer_name] = self.total_ms.get(layer_name, 0.0) + ms
+
+    return Profiler()
 
 
 def require_io(trt: Any, engine: Any, config: ModelConfig, where: str) -> None:

@@ -1,6 +1,6 @@
 """Three ways to int8 on the same checkpoint and the same calibration set: NVIDIA ModelOpt, ONNX Runtime, and our own placement.
 
-`python -m export.quantize.rivals FLOAT_BUNDLE CALIBRATION_DIR` prints the table of export/README.md. ModelOpt is no dependency of
+`python -m export.quantize.rivals FLOAT_BUNDLE CALIBRATION DATA` prints the table of export/README.md. ModelOpt is no dependency of
 anything else: install nvidia-modelopt into an environment of its own, or its rows are left out.
 """
 
@@ -19,15 +19,19 @@ import numpy as np
 import onnx
 
 from device.bundle import Bundle
-from export.quantize.compare import ProbeEngine, Ticks, compare
+from device.engine import OnnxRuntimeEngine
+from export.quantize.closed_loop import GROUPS, Board, Life, Pair, live
+from export.quantize.compare import ProbeEngine, compare
 from export.quantize.placement import find_layers, place
 from export.quantize.quantize import measure
 from export.quantize.ranges import METHODS, choose
 from export.quantize.recordings import DataSet, outputs_of
+from export.scoreboard.board import SCENE_TICKS, Player, Task
 
 TICKS = 100  # that each is calibrated on: the rivals keep every intermediate tensor
 COMPARED_TICKS = 384
 LAUNCHES = 100
+SCENES = 2  # in closed loop, for each group of them
 
 Make = Callable[[Path], onnx.ModelProto]  # from the path of the float graph
 
@@ -117,34 +121,70 @@ def modelopt(data: DataSet, method: str, ours: bool) -> Make:
     return make
 
 
-def main(source: Path, calibration: Path) -> None:
-    """Print the table; engine times are ratios to the float graph, launched by turns with it."""
-    bundle = Bundle.open(source)
-    data = DataSet.open(calibration, bundle.config)
+class Reference:
+    """The float graph, and all that the others are held against."""
+
+    def __init__(self, bundle: Bundle, data: DataSet, people: Path) -> None:
+        self.path, self.data = bundle.graph, data
+        self.model = onnx.load(bundle.graph)
+        self.ticks = outputs_of(self.model, data, COMPARED_TICKS, "float")
+        self._player = Player(bundle.path, people, "test", 0, ())
+        self.lives = self.live(bundle.graph)
+
+    def live(self, graph: Path) -> list[Life]:
+        """`graph` in every scene."""
+        config = self.data.config
+        engine = OnnxRuntimeEngine(graph, config)
+        tasks = [Task(group, number, SCENE_TICKS) for group in GROUPS for number in range(SCENES)]
+        return [live(self._player.scene(task), config, engine, task.number) for task in tasks]
+
+    def pairs(self, graph: Path) -> list[Pair]:
+        seconds = SCENE_TICKS * self.data.config.tick_ms / 1000
+        return [Pair(lives, seconds) for lives in zip(self.lives, self.live(graph), strict=True)]
+
+
+def ways(data: DataSet) -> dict[str, Make]:
+    """Every way that this environment has."""
     makers: dict[str, Make] = {f"own placement, {method}": own(data, method) for method in ("auto", *METHODS)}
     makers |= {f"ONNX Runtime, {method}": onnx_runtime(data, method) for method in ("MinMax", "Entropy", "Percentile")}
     if importlib.util.find_spec("modelopt"):
         makers |= {f"ModelOpt, its own nodes, {method}": modelopt(data, method, False) for method in ("max", "entropy")}
         makers |= {f"ModelOpt, our nodes, {method}": modelopt(data, method, True) for method in ("max", "entropy")}
-    model = onnx.load(bundle.graph)
-    reference = outputs_of(model, data, COMPARED_TICKS, "float")
-    print("| int8 by | Q/DQ nodes | say alike, % | act alike, % | probability moved, % | speech, dB | engine, × float |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, make in makers.items():
-        print(_row(name, make, bundle.graph, model, reference, data), flush=True)
+    return makers
 
 
-def _row(name: str, make: Make, path: Path, model: onnx.ModelProto, reference: Ticks, data: DataSet) -> str:
+HEAD = (
+    "| int8 by | Q/DQ nodes | points lost | say alike, % | act alike, % | probability moved, % | speech, dB | engine, × float |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def main(source: Path, calibration: Path, people: Path) -> None:
+    """Print the table; engine times are ratios to the float graph, launched by turns with it."""
+    bundle = Bundle.open(source)
+    data = DataSet.open(calibration, bundle.config)
+    reference = Reference(bundle, data, people)
+    print(HEAD)
+    for name, make in ways(data).items():
+        print(row(name, make, reference), flush=True)
+
+
+def row(name: str, make: Make, reference: Reference) -> str:
+    """One way's row of the table."""
+    data = reference.data
     try:
         with tempfile.TemporaryDirectory() as folder:  # ModelOpt has been seen to change the file that it was given
-            made = make(Path(shutil.copy(path, folder)))
-        d = compare(reference, outputs_of(made, data, COMPARED_TICKS, name), data.config)
+            made = make(Path(shutil.copy(reference.path, folder)))
+            d = compare(reference.ticks, outputs_of(made, data, COMPARED_TICKS, name), data.config)
+            graph = Path(folder) / "made.onnx"
+            onnx.save(made, graph)
+            loss, low, high = Board(reference.pairs(graph)).loss()
     except Exception as error:  # noqa: BLE001 - a rival that cannot is a row of the table
-        return f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | | |"
+        return f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | | | | |"
     nodes = sum(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in made.graph.node)
     return (
-        f"| {name} | {nodes} | {100 * d.say_agreement:.2f} | {100 * d.act_agreement:.2f} | {100 * d.moved:.3f} | {d.mel_db:.2f} "
-        f"| {ratio(model, made, data):.2f} |"
+        f"| {name} | {nodes} | {loss:+.1f} ({low:+.1f} … {high:+.1f}) | {100 * d.say_agreement:.2f} | {100 * d.act_agreement:.2f} "
+        f"| {100 * d.moved:.3f} | {d.mel_db:.2f} | {ratio(reference.model, made, data):.2f} |"
     )
 
 
@@ -161,4 +201,4 @@ def ratio(reference: onnx.ModelProto, other: onnx.ModelProto, data: DataSet) -> 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

@@ -10,10 +10,10 @@ import platform
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,58 +24,20 @@ from device.config import ModelConfig
 from device.engine import Buffers, Engine, OnnxRuntimeEngine
 from device.positions import clock_features, rope_table, tick_noise
 from device.session import Rings
-from export.distill.behaviours import BEHAVIOURS
 from export.distill.clips import Split
 from export.distill.corpus import Corpus
 from export.errors import ExportError
+from export.quantize.closed_loop import GROUPS, Board, Pair, live
 from export.quantize.compare import KEPT, Difference, compare, memory_error
 from export.quantize.gates import judge
-from export.scoreboard.board import DOUBTS, SCENE_TICKS, Player, Task
+from export.scoreboard.board import SCENE_TICKS, Player, Task
 from export.scoreboard.play import play
-from export.scoreboard.score import HIT, Verdict
-from export.scoreboard.score import judge as judge_scene
 
-GROUPS = ("mixture", *(behaviour.name for behaviour in BEHAVIOURS), DOUBTS)
-RESAMPLES = 2000
 _LONG_RUN_FROM = 100_000  # its scenes are none of those of the closed loop
 
 
 class ProofFailed(ExportError):
     """The quantized graph does not behave like the float one; the text has every gate and the remedy."""
-
-
-class Decisions(NamedTuple):
-    """What was chosen in each tick of a scene: i32[ticks, say], i32[ticks]."""
-
-    say: np.ndarray
-    act: np.ndarray
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One scene, lived through by the float graph and by the quantized one."""
-
-    verdicts: tuple[Verdict, Verdict]
-    decisions: tuple[Decisions, Decisions]
-    seconds: float
-
-
-class _Witness:
-    """An engine that remembers what was chosen."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self.inputs, self.outputs, self.memory = engine, engine.inputs, engine.outputs, engine.memory
-        self._said: list[np.ndarray] = []
-        self._acted: list[int] = []
-
-    def run(self) -> None:
-        self._engine.run()
-        self._said.append(self.outputs["say"].copy())
-        self._acted.append(int(self.outputs["act"][0]))
-
-    @property
-    def decisions(self) -> Decisions:
-        return Decisions(np.stack(self._said), np.array(self._acted))
 
 
 class _Couple:
@@ -88,13 +50,9 @@ class _Couple:
         self.engines = [OnnxRuntimeEngine(bundle.graph, bundle.config) for bundle in bundles]
 
     def live(self, task: Task) -> Pair:
-        scene, verdicts, decisions = self.player.scene(task), [], []
-        for engine in self.engines:
-            witness = _Witness(engine)
-            verdicts.append(judge_scene(scene, play(scene, self.player.config, witness, task.number), task.number))
-            decisions.append(witness.decisions)
-        seconds = task.ticks * self.player.config.tick_ms / 1000
-        return Pair((verdicts[0], verdicts[1]), (decisions[0], decisions[1]), seconds)
+        scene = self.player.scene(task)
+        reference, quantized = (live(scene, self.player.config, engine, task.number) for engine in self.engines)
+        return Pair((reference, quantized), task.ticks * self.player.config.tick_ms / 1000)
 
 
 class _LongRun:
@@ -206,9 +164,9 @@ def _long_run(couple: _Couple, config: ModelConfig, ticks: int, seed: int) -> _L
 
 def _measure(pairs: list[Pair], run: _LongRun) -> tuple[dict[str, float], dict[str, Any]]:
     """The values of the gates, and what else is worth keeping."""
-    board = _Board(pairs)
+    board = Board(pairs)
     loss, low, high = board.loss()
-    say, act = ([np.concatenate([getattr(pair.decisions[i], name) for pair in pairs]) for i in (0, 1)] for name in ("say", "act"))
+    say, act = ([np.concatenate([getattr(pair.lives[i], name) for pair in pairs]) for i in (0, 1)] for name in ("say", "act"))
     same_say, same_act = (say[0] == say[1]).all(axis=1), act[0] == act[1]
     active = say[0].any(axis=1) | say[1].any(axis=1) | (act[0] != 0) | (act[1] != 0)
     difference, (first, last) = run.difference(), run.memory()
@@ -232,53 +190,12 @@ def _measure(pairs: list[Pair], run: _LongRun) -> tuple[dict[str, float], dict[s
             "behaviours": board.behaviours(),
             "agreement_where_either_reacts": 100 * float((same_say & same_act)[active].mean()) if active.any() else 100.0,
             "false_per_minute": {
-                name: sum(len(pair.verdicts[i].false) for pair in pairs) / minutes for i, name in enumerate(("float", "quantized"))
+                name: sum(len(pair.lives[i].verdict.false) for pair in pairs) / minutes for i, name in enumerate(("float", "quantized"))
             },
         },
         "long_run": asdict(difference) | {"memory_error_first_tenth": first, "memory_error_last_tenth": last},
     }
     return values, details
-
-
-class _Board:
-    """Hits and trials of every scene by behaviour, for both graphs."""
-
-    def __init__(self, pairs: list[Pair]) -> None:
-        outcomes = [[verdict.outcomes for verdict in pair.verdicts] for pair in pairs]
-        self._names = sorted({outcome.trial.behaviour for pair in outcomes for half in pair for outcome in half})
-        self._hits = np.zeros((len(pairs), 2, len(self._names)))
-        self._asked = np.zeros_like(self._hits)
-        for i, pair in enumerate(outcomes):
-            for j, half in enumerate(pair):
-                for outcome in half:
-                    at = self._names.index(outcome.trial.behaviour)
-                    self._asked[i, j, at] += 1
-                    self._hits[i, j, at] += outcome.result == HIT
-
-    def scores(self) -> tuple[float, float]:
-        """Mean hit rate over the behaviours in %, float and quantized."""
-        score = self._score(self._hits.sum(axis=0)[None], self._asked.sum(axis=0)[None])[0]
-        return float(score[0]), float(score[1])
-
-    def behaviours(self) -> dict[str, list[float]]:
-        """Hit rates in %, float and quantized, by behaviour."""
-        rates = 100 * self._hits.sum(axis=0) / np.maximum(self._asked.sum(axis=0), 1)
-        return {name: [float(rate) for rate in rates[:, i]] for i, name in enumerate(self._names)}
-
-    def loss(self) -> tuple[float, float, float]:
-        """Score lost in points, with the 95 % interval from scenes drawn again with replacement, the same for both graphs."""
-        count = len(self._hits)
-        drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
-        scores = self._score(np.tensordot(drawn, self._hits, 1), np.tensordot(drawn, self._asked, 1))
-        low, high = np.percentile(scores[:, 0] - scores[:, 1], (2.5, 97.5))
-        reference, quantized = self.scores()
-        return reference - quantized, float(low), float(high)
-
-    @staticmethod
-    def _score(hits: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        """[n, 2] from [n, 2, behaviours]; a behaviour that was not asked for does not count."""
-        there = asked > 0
-        return 100 * (hits / np.maximum(asked, 1)).sum(axis=2) / np.maximum(there.sum(axis=2), 1)
 
 
 def corpus_digest(corpus: Corpus) -> str:

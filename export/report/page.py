@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from export.report.untrusted import Record
 from export.targets import precisions
 
 DIGITS = 16  # of a SHA-256, where one is shown for people
+LONGEST_LAYERS = 24  # that have a bar; all are in the table
 
 
 class Missing(NamedTuple):
@@ -228,12 +229,40 @@ def layers(s: Subject) -> Iterator[Part]:
     if "difference" in report:
         found = [[name, f"{value:.6g}"] for name, value in report.record("difference").each_number()]
         yield _more("Against ONNX Runtime: share of ticks alike, or largest error", table(["output", "value"], found))
-    told = [[element("code", row.text("name")), row.text("type"), row.text("bits")] for row in rows]
-    yield _more("Every layer of the engine, with the bits of its narrowest input", table(["layer", "type", "bits"], told, words=2))
-    yield Missing(
-        "measured time by layer: the engine's report has that of the whole tick",
-        "trtexec --loadEngine=engine.plan --dumpProfile on the board",
-    )
+    yield from _timed_layers(rows)
+
+
+def _timed_layers(rows: Sequence[Record]) -> Iterator[Part]:
+    """By time, the longest first; those that the profiler did not name come last."""
+    ms = [row.number("ms") if "ms" in row else None for row in rows]
+    known = [value for value in ms if value is not None]
+    total, longest = sum(known), max(known, default=0.0) or 1.0
+    order = sorted(range(len(rows)), key=lambda i: -(ms[i] or 0.0))
+    if known:
+        yield element(
+            "p",
+            f"Measured by layer, by TensorRT's profiler, which waits for each: {1000 * total:.0f} µs in all. The longest, with the bits of "
+            "their narrowest input:",
+        )
+        bars = []
+        for i in order[:LONGEST_LAYERS]:
+            took = ms[i]
+            if took is not None:
+                row, words = rows[i], f"{1000 * took:.3g} µs"
+                name = element("span", element("code", row.text("name")), element("small", f"{row.text('type')}, {row.text('bits')} bits"))
+                share = element("small", f"{100 * took / (total or 1.0):.1f} %")
+                bar = charts.bars([("ours", took / longest)], f"{row.text('name')}: {words}")
+                bars.append(element("li", name, bar, element("span", words, share)))
+        yield element("ul", *bars, class_="rows")
+    else:
+        yield Missing("measured time by layer: this engine was compiled before it was measured", "copresence-export compile on the board")
+    told = [
+        [element("code", rows[i].text("name")), rows[i].text("type"), rows[i].text("bits"), "–" if took is None else f"{1000 * took:.2f}"]
+        for i in order
+        for took in (ms[i],)
+    ]
+    head = ["layer", "type", "bits", "µs"]
+    yield _more("Every layer of the engine, with the bits of its narrowest input and its time", table(head, told, words=2))
 
 
 def _quantized_layers(s: Subject, quantization: Record) -> Iterator[Part]:

@@ -263,11 +263,16 @@ static void renew_settings_crc(void) {
     core.settings_crc = ~crc;
 }
 
+static void limit_servo(uint8_t axis, const int32_t *first) { motion_limit(&core.motion, axis, first[0], first[1], first[2], first[3]); }
+
 static bool set(uint8_t which, int32_t value) {
     if (core.state == STATE_ARMED || which >= SETTING_COUNT || value < SETTINGS[which].low || value > SETTINGS[which].high)
         return false;
     core.setting[which] = value;
     renew_settings_crc();
+    limit_servo(AXIS_PAN, core.setting + SETTING_PAN_LOW); /* low, high, rest and speed follow each other */
+    limit_servo(AXIS_TILT, core.setting + SETTING_TILT_LOW);
+    motion_rest(&core.motion); /* rest may be elsewhere now */
     return true;
 }
 

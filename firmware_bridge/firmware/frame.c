@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { SYNC = 0x7e, SEQUENCE_TAG = 0x10, MORE = -1 };
+enum { SEQUENCE_TAG = 0x10, MORE = -1 };
 
 static uint16_t crc16(const uint8_t *data, uint8_t size) {
     uint16_t crc = 0xffff;

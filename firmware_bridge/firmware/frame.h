@@ -3,7 +3,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { FRAME_MIN = 5, FRAME_MAX = 64, PAYLOAD_MAX = FRAME_MAX - FRAME_MIN, SEQUENCES = 16 };
+enum { FRAME_MIN = 5, FRAME_MAX = 64, PAYLOAD_MAX = FRAME_MAX - FRAME_MIN, SEQUENCES = 16, SYNC = 0x7e };
 
 struct frame {
     uint8_t sequence, size; /* of the payload */

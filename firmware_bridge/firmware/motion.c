@@ -9,9 +9,21 @@ static const float STEP_S = 0.001f;
 
 void motion_init(struct motion *motion) {
     memset(motion, 0, sizeof *motion);
-    for (int i = 0; i < AXIS_COUNT; i++)
+    for (uint8_t i = 0; i < AXIS_COUNT; i++) {
         motion->axis[i].hold = motion->axis[i].position = AXES[i].rest;
+        motion_limit(motion, i, AXES[i].low, AXES[i].high, AXES[i].rest, AXES[i].speed);
+    }
     motion->changed = true;
+}
+
+static float clamp(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
+
+void motion_limit(struct motion *motion, uint8_t axis, int32_t low, int32_t high, int32_t rest, int32_t speed) {
+    const struct axis *widest = &AXES[axis];
+    motion->limit[axis].low = clamp(low, widest->low, widest->high);
+    motion->limit[axis].high = clamp(high, motion->limit[axis].low, widest->high);
+    motion->limit[axis].rest = clamp(rest, motion->limit[axis].low, motion->limit[axis].high);
+    motion->limit[axis].speed = clamp(speed, 0, widest->speed);
 }
 
 static uint32_t axes_of(uint8_t which) {
@@ -43,7 +55,7 @@ void motion_rest(struct motion *motion) {
     for (int i = 0; i < RUNS_MAX; i++)
         motion->run[i].active = false;
     for (int i = 0; i < AXIS_COUNT; i++) {
-        motion->axis[i].hold = AXES[i].rest;
+        motion->axis[i].hold = motion->limit[i].rest;
         motion->axis[i].sway = 0;
     }
 }
@@ -67,28 +79,28 @@ static void advance_runs(struct motion *motion) {
     }
 }
 
-static float clamp(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
-
 static uint32_t advance_axis(struct motion *motion, int i) {
-    const struct axis *limit = &AXES[i];
-    const float target = clamp(motion->axis[i].hold + motion->axis[i].sway, limit->low, limit->high);
-    const float distance = target - motion->axis[i].position, reach = limit->acceleration * STEP_S;
+    const float low = motion->limit[i].low, high = motion->limit[i].high, rest = motion->limit[i].rest;
+    const float target = clamp(motion->axis[i].hold + motion->axis[i].sway, low, high);
+    const float distance = target - motion->axis[i].position, reach = AXES[i].acceleration * STEP_S;
     if (fabsf(distance) <= reach * STEP_S && fabsf(motion->axis[i].speed) <= 2 * reach) {
         motion->changed = motion->changed || distance != 0;
         motion->axis[i].position = target;
         motion->axis[i].speed = 0;
     } else {
         /* As fast as it can still brake from; the term under the root allows for braking that begins one step late. */
-        const float brake = sqrtf(2 * limit->acceleration * fabsf(distance) + reach * reach / 4) - reach / 2;
-        const float wanted = clamp(brake, 0, limit->speed) * (distance < 0 ? -1.0f : 1.0f);
+        const float brake = sqrtf(2 * AXES[i].acceleration * fabsf(distance) + reach * reach / 4) - reach / 2;
+        const float wanted = clamp(brake, 0, motion->limit[i].speed) * (distance < 0 ? -1.0f : 1.0f);
         motion->axis[i].speed = clamp(wanted, motion->axis[i].speed - reach, motion->axis[i].speed + reach);
-        motion->axis[i].position = clamp(motion->axis[i].position + motion->axis[i].speed * STEP_S, limit->low, limit->high);
+        /* Never further out than the ends; one that is, as they were narrowed just now, comes back and does not jump. */
+        const float at = motion->axis[i].position, next = at + motion->axis[i].speed * STEP_S;
+        motion->axis[i].position = clamp(next, at < low ? at : low, at > high ? at : high);
         motion->changed = true;
     }
-    motion->axis[i].on_ms = target == limit->rest ? 0 : motion->axis[i].on_ms + 1;
-    if (motion->axis[i].on_ms <= (uint32_t)limit->on_max_s * 1000u)
+    motion->axis[i].on_ms = target == rest ? 0 : motion->axis[i].on_ms + 1;
+    if (motion->axis[i].on_ms <= (uint32_t)AXES[i].on_max_s * 1000u)
         return 0;
-    motion->axis[i].hold = limit->rest;
+    motion->axis[i].hold = rest;
     motion->axis[i].sway = 0;
     return 1;
 }

@@ -18,10 +18,13 @@ struct motion {
         uint8_t motion, next; /* the next step, as an index of STEPS */
         uint32_t age_ms;
     } run[RUNS_MAX];
+    struct { float low, high, rest, speed; } limit[AXIS_COUNT]; /* the body's own, within those of the dictionary */
     bool changed; /* since the caller last cleared it */
 };
 
 void motion_init(struct motion *motion);
+/* Narrows an axis to what this body can do. */
+void motion_limit(struct motion *motion, uint8_t axis, int32_t low, int32_t high, int32_t rest, int32_t speed);
 /* Begins a motion; it takes over the axes that it moves from those under way. */
 void motion_start(struct motion *motion, uint8_t which);
 /* Ends all motions and lets every axis go to rest. */

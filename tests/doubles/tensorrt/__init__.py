@@ -22,6 +22,7 @@ _refused: ParserError | None = None  # by the parser
 _build_error: str | None = None
 _stall = False  # in the middle of a build
 _layers: list[dict[str, Any]] = [{"Name": "all", "LayerType": "kgen", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]}]
+_layer_ms = 0.25  # what the profiler is told of each
 _creation_flags: list[int] = []
 _given_caches: list[bytes] = []
 
@@ -53,6 +54,14 @@ class ILogger:
         pass
 
     def log(self, severity: ILogger.Severity, msg: str) -> None:
+        raise NotImplementedError
+
+
+class IProfiler:
+    def __init__(self) -> None:
+        pass
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
         raise NotImplementedError
 
 
@@ -114,6 +123,7 @@ class ICudaEngine:
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine, self._binding = engine, engine._session.io_binding()
+        self.profiler: IProfiler | None = None
         self._addressed: set[str] = set()
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -134,6 +144,9 @@ class IExecutionContext:
             return False
         run: Any = self._engine._session.run_with_iobinding
         _cuda._streams[stream_handle]._put(lambda: run(self._binding))
+        if self.profiler is not None:
+            for layer in _layers:
+                self.profiler.report_layer_time(layer["Name"], _layer_ms)
         return True
 
 
