@@ -247,6 +247,7 @@ def test_the_main_unit_asks_for_what_the_loop_needs(repository: Path) -> None:
     assert (found["Type"], found["User"], found["NotifyAccess"]) == ("notify", "copresence", "main")
     assert (found["LimitRTPRIO"], found["LimitMEMLOCK"]) == (str(PRIORITY), "infinity")
     assert "RestrictRealtime" not in found and "MemoryDenyWriteExecute" not in found
+    assert found["RestrictAddressFamilies"] == "AF_UNIX AF_NETLINK", "no port can be opened"
     assert int(found["WatchdogSec"]) > 1 and int(found["StartLimitBurst"]) > 1
 
 
