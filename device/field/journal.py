@@ -21,7 +21,7 @@ from device.field.statistics import METRICS_S, Statistics, metrics
 CRITICAL, ERROR, WARNING, NOTICE, INFO, DEBUG = 2, 3, 4, 5, 6, 7  # <syslog.h>
 # Of every event that is not a piece of information.
 PRIORITIES = {
-    "crash": CRITICAL,
+    "fault": CRITICAL,
     "runs_after_rollback": ERROR,
     "bridge_down": ERROR,
     "camera_down": ERROR,
