@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
-import os
 import platform
 import signal
 import sys
@@ -24,6 +23,7 @@ from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
+from device.errors import complain
 from device.events import EventLog, Recording
 from device.field import board, doctor, logs, pull, settings, top
 from device.field.journal import Journal
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(argv)  # what stands on the command line wins
         return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
-        # Under systemd the journal shows it as what it is.
-        print(f"{'<3>' if 'JOURNAL_STREAM' in os.environ else ''}copresence: {error}", file=sys.stderr)
+        complain(f"copresence: {error}")
         return USAGE_ERROR
 
 

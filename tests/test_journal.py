@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,7 @@ from device.notify import Notifier
 from device.session import Decision
 from device.steering import Stamp
 from device.ticker import Edge
+from export.cli import main as export_main
 
 CONFIG = ModelConfig(text=TextConfig(words=("", "one", "two"), acts=("none", "nod", "shake")))
 HEADER = {"event": "header", "copresence": "1.2", "bundle_sha256": "ab" * 32, "config": {"tick_ms": 200}, "text": []}
@@ -438,6 +439,18 @@ def test_a_defect_in_the_loop_is_told_before_the_process_ends(
     with pytest.raises(RuntimeError, match="boom"):
         main(["run", "--bundle", str(write_bundle(tmp_path / "echo")), *options])
     assert '<2>{"event":"fault","fault":"RuntimeError: boom"}' in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(("program", "said"), [(main, "copresence: "), (export_main, "copresence-export prepare: ")])
+def test_what_ends_a_start_is_an_error_of_the_journals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: Callable[[list[str]], int], said: str
+) -> None:
+    options = ["run" if program is main else "prepare", "--config", str(tmp_path / "absent.toml")]
+    assert program(options) == 2
+    assert capsys.readouterr().err.startswith(said)
+    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
+    assert program(options) == 2
+    assert capsys.readouterr().err.startswith(f"<3>{said}")
 
 
 def test_a_rollback_shows_on_the_light_until_the_next_start(tail: Tail) -> None:
