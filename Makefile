@@ -82,21 +82,21 @@ bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five m
 
 .PHONY: logs
 logs: ## follow what the companion on a board tells: make logs HOST=user@board [ARGS='--level warning --grep bridge']
-	$(call on_board,-t,logs --follow $(ARGS))
+	@$(call on_board,-t,logs --follow $(ARGS))
 
 .PHONY: top
 top: ## watch what the companion on a board hears, sees, says and does: make top HOST=user@board
-	$(call on_board,-t,top)
+	@$(call on_board,-t,top)
 
 .PHONY: doctor
 doctor: ## what is wrong with a board, and what to do about it: make doctor HOST=user@board [ARGS=--json]
-	$(call on_board,,doctor $(ARGS))
+	@$(call on_board,,doctor $(ARGS))
 
 .PHONY: pull
 pull: ## fetch journal, versions and dumps of a board in one archive, for a bug report: make pull HOST=user@board
 	@mkdir -p build
-	$(call on_board,,pull) > build/.pull
-	mv build/.pull build/copresence-$(HOST)-$$(date +%Y%m%dT%H%M%S).tar.gz
+	@$(call on_board,,pull) > build/.pull
+	@mv build/.pull build/copresence-$(HOST)-$$(date +%Y%m%dT%H%M%S).tar.gz
 	@ls build/copresence-$(HOST)-*.tar.gz | tail -n 1
 
 .PHONY: calibration

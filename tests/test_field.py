@@ -513,6 +513,7 @@ def make(repository: Path, folder: Path, target: str, ssh: str, *more: str) -> s
 def test_make_asks_the_boards_own_program(repository: Path, tmp_path: Path, target: str, asked: str) -> None:
     done = make(repository, tmp_path, target, 'for last; do :; done; echo "$last"', "ARGS=--level err")
     assert done.returncode == 0 and done.stdout.rstrip().endswith(f"/opt/copresence/current/venv/bin/copresence {asked}")
+    assert done.stdout.count("\n") == 1, "and nothing else is said: what comes may be JSON"
 
 
 def test_a_cut_connection_is_said(repository: Path, tmp_path: Path) -> None:
