@@ -21,9 +21,9 @@ DATA := $(or $(COPRESENCE_DATA),../shared/data)
 JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
 
 # The companion's own program on a board, as root, who may read the journal; a connection that is cut is noticed within 15 s.
-on_board = $(if $(HOST),,$(error give HOST=user@board))ssh $(1) -o ServerAliveInterval=5 -o ServerAliveCountMax=3 $(HOST) \
+on_board = $(if $(HOST),,$(error give HOST=user@board)){ ssh $(1) -o ServerAliveInterval=5 -o ServerAliveCountMax=3 $(HOST) \
 	'$$([ "$$(id -u)" = 0 ] || echo sudo -n) /opt/copresence/current/venv/bin/copresence $(2)' \
-	|| { status=$$?; [ $$status -ne 255 ] || echo "No connection to $(HOST), or it was cut; once it is back: make $@ HOST=$(HOST)" >&2; exit $$status; }
+	|| { status=$$?; [ $$status -ne 255 ] || echo "No connection to $(HOST), or it was cut; once it is back: make $@ HOST=$(HOST)" >&2; exit $$status; }; }
 
 .PHONY: help
 help: ## list these targets

@@ -520,3 +520,14 @@ def test_a_cut_connection_is_said(repository: Path, tmp_path: Path) -> None:
     done = make(repository, tmp_path, "logs", "exit 255")
     assert done.returncode != 0 and "make logs HOST=user@board" in done.stderr
     assert "make logs" not in make(repository, tmp_path, "logs", "exit 1").stderr.replace("make: ***", "")
+
+
+def test_make_pull_fetches_one_archive_and_leaves_none_of_a_failure(repository: Path, tmp_path: Path) -> None:
+    done = make(repository, tmp_path, "pull", "echo archive")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    archive = repository / line
+    assert archive.read_text() == "archive\n" and re.fullmatch(r"build/copresence-user@board-\d{8}T\d{6}\.tar\.gz", line)
+    archive.unlink()
+    assert make(repository, tmp_path, "pull", "echo half; exit 2").returncode != 0
+    assert not list((repository / "build").glob("copresence-user@board-*"))
