@@ -1,4 +1,4 @@
-"""The command line of the board: `copresence run`."""
+"""The command line of the board: `copresence run`, and what a field engineer asks (device/field/)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,17 @@ from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.control import RUNTIME_VARIABLE, Control
 from device.engine import Buffers, Engine, EngineError, OnnxRuntimeEngine
+from device.errors import complain
 from device.events import EventLog, Recording
+from device.field import board, doctor, logs, pull, settings, top
+from device.field.journal import Journal
+from device.field.settings import SETTINGS_FILE, Settings, SettingsError
+from device.field.statistics import Senses, Statistics, bridge_state, calls_back
+from device.field.watch import Watch
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
 from device.mcu_clock import McuFollower, McuMaster
+from device.notify import Notifier
 from device.realtime import RealTime
 from device.recorder import FlightRecorder
 from device.session import Session
@@ -56,6 +63,9 @@ class UsageError(ValueError):
 # Anything else is a defect and keeps its traceback.
 USER_ERRORS = (
     UsageError,
+    SettingsError,
+    logs.JournalError,
+    top.TerminalError,
     BundleError,
     KeyFileError,
     VersionMemoryError,
@@ -74,15 +84,20 @@ USER_ERRORS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program `copresence`; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser, run = _parser()
     try:
+        arguments = parser.parse_args(argv)
+        if arguments.command == "run" and arguments.config is not None:
+            run.set_defaults(**Settings.read(arguments.config).arguments())
+            arguments = parser.parse_args(argv)  # what stands on the command line wins
         return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
-        print(f"copresence: {error}", file=sys.stderr)
+        complain(f"copresence: {error}")
         return USAGE_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole, and the part that is `run`."""
     parser = argparse.ArgumentParser(prog="copresence", description="Runs an interaction model: one engine launch per tick.")
     parser.add_argument("--version", action="version", version=f"copresence {copresence_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -91,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         help="run a bundle on microphone and camera",
         description="Runs a bundle until the microphone file (or, without one, the camera file) ends, or Ctrl-C.",
     )
-    run.add_argument("--bundle", required=True, help="a bundle made by 'copresence-export build'")
+    run.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"take the options from it, as on a board ({SETTINGS_FILE}); those given here win"
+    )
+    run.add_argument("--bundle", help="a bundle made by 'copresence-export build'")
     run.add_argument(
         "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
     )
@@ -109,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="what the body is like, as TOML: its servos' calibration, ends and rest (default: a plain one)",
     )
-    run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
+    run.add_argument(
+        "--events",
+        metavar="FILE",
+        help="JSON lines, one a tick; '-' is standard output; 'journal': for systemd's, statistics once a second",
+    )
+    run.add_argument("--metrics-file", type=Path, metavar="FILE", help="Prometheus metrics, renewed every 15 s; with --events journal")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
     run.add_argument(
         "--master", choices=MASTERS, help="whose clock the ticks follow (default: audio with a live microphone or speaker, otherwise soc)"
@@ -155,8 +178,10 @@ def _parser() -> argparse.ArgumentParser:
         "--record-raw", action="store_true", help="dumps hold sound and pictures too, and can be replayed (default: neither, for privacy)"
     )
     run.set_defaults(command_function=_run)
+    for module in (settings, doctor, logs, top, pull):
+        module.add_command(commands)
     after.add_commands(commands)
-    return parser
+    return parser, run
 
 
 def _natural(text: str) -> int:
@@ -166,6 +191,8 @@ def _natural(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.bundle is None:
+        raise UsageError("there is no bundle to run; give --bundle, or --config")
     trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
     bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
     config, realtime = bundle.config, arguments.clock == "realtime"
@@ -191,15 +218,25 @@ def _run(arguments: argparse.Namespace) -> int:
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
-        events = EventLog(arguments.events, patient=not realtime)
-        offset_samples = arguments.playout_offset_ms * rate_hz // 1000
+        line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000)
         actuator = _open_bridge(arguments.bridge, body, stack)
+        steering = _steer(arguments.master, tick_ns, ticker, source, playout, actuator)
+        header, senses = _header(bundle, arguments), Senses(config, line)
+        thermometer = _measure_heat(stack) if realtime else None
+        events: EventLog | Journal
+        if arguments.events == "journal":
+            events = _open_journal(senses, header, bundle, source, playout, steering, actuator, thermometer, arguments.metrics_file)
+        else:
+            events = EventLog(arguments.events, patient=not realtime)
+        notifier = Notifier()
+        stack.callback(notifier.close)
+        rolled_back = board.read_json(board.ROLLED_BACK)
         loop = Loop(
             config=config,
             session=session,
             ticker=ticker,
-            steering=_steer(arguments.master, tick_ns, ticker, source, playout, actuator),
-            line=Line(config, source, playout, offset_samples),
+            steering=steering,
+            line=line,
             camera=camera,
             text=text,
             actuator=actuator,
@@ -208,17 +245,20 @@ def _run(arguments: argparse.Namespace) -> int:
             seconds=arguments.seconds,
             stop=stop,
             recorder=recorder,
-            thermometer=_measure_heat(stack) if realtime else None,
+            thermometer=thermometer,
+            watcher=Watch(notifier, senses, actuator if rolled_back else None),
         )
         try:
             notices = _notices(bundle)
+            if rolled_back:
+                notices.append({"event": "runs_after_rollback", **rolled_back})
             _listen(recorder, realtime, notices, stack)
             if realtime and not arguments.no_priority:
                 privileges = stack.enter_context(RealTime())
                 notices.append(privileges.event)
                 if advice := privileges.advice():
                     print(f"copresence: {advice}", file=sys.stderr)
-            summary = loop.run(_header(bundle, arguments), *notices)
+            summary = loop.run(header, *notices)
         finally:
             _close_recorder(recorder, events)
             events.close()
@@ -274,7 +314,7 @@ def _listen(recorder: FlightRecorder, realtime: bool, notices: list[dict[str, An
         stack.callback(control.close)
 
 
-def _close_recorder(recorder: FlightRecorder, events: EventLog) -> None:
+def _close_recorder(recorder: FlightRecorder, events: EventLog | Journal) -> None:
     """Wait for the dumps under way, and tell of those that the log does not know yet."""
     recorder.close()
     for event in recorder.take_events():
@@ -284,6 +324,33 @@ def _close_recorder(recorder: FlightRecorder, events: EventLog) -> None:
                 f"the last minute is in {event['file']}" if "file" in event else f"no dump could be written: {event['fault']}; give --dumps"
             )
             print(f"copresence: {told}", file=sys.stderr)
+
+
+def _open_journal(
+    senses: Senses,
+    header: dict[str, Any],
+    bundle: Bundle,
+    source: Source,
+    playout: Playout,
+    steering: Steering,
+    actuator: Actuator,
+    thermometer: Thermometer | None,
+    metrics_file: Path | None,
+) -> Journal:
+    statistics = Statistics(
+        bundle.config.tick_ms,
+        senses,
+        counts=lambda: {**source.counts, **playout.counts},
+        clock=steering.summary,
+        bridge=lambda: bridge_state(actuator),
+        alive=lambda: {
+            "microphone": calls_back(source),
+            "speaker": calls_back(playout),
+            "engine": board.verified(bundle.digest),
+        },
+        temperatures=lambda: {} if thermometer is None else thermometer.newest().get("zones_c", {}),
+    )
+    return Journal(statistics, header, lambda: _firmware(actuator), metrics_file)
 
 
 def _is_file(choice: str | None) -> bool:
@@ -359,6 +426,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {LONGEST_OFFSET_MS}; give less")
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
+    if arguments.metrics_file is not None and arguments.events != "journal":
+        raise UsageError("--metrics-file: metrics are made of the journal's statistics; give --events journal too")
     if arguments.clock == "simulated":
         if "live" in (arguments.mic, arguments.speaker):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
@@ -371,7 +440,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.camera == "live":
         raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
-    named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice != "-"]
+    named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice not in ("-", "journal")]
     read = [Path(choice).resolve() for choice in inputs if _is_file(choice)]
     if len({*named}) < len(named) or {*named} & {*read}:
         raise UsageError("--speaker or --events would overwrite another file of this run; give it a name of its own")
@@ -433,13 +502,19 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _firmware(actuator: Actuator) -> dict[str, str]:
+    """Build and dictionary of the microcontroller that answers; empty where none does."""
+    identity = actuator.identity if isinstance(actuator, Bridge) else None
+    return {} if identity is None else {"firmware": f"{identity.build:08x}", "dictionary": f"{identity.dictionary:08x}"}
+
+
 def _notices(bundle: Bundle) -> list[dict[str, Any]]:
     """What the log must say of a bundle beyond the header."""
     return [{"event": "unproven", "bundle_sha256": bundle.digest, "reason": bundle.unproven}] if bundle.unproven else []
 
 
 def _report(arguments: argparse.Namespace, summary: dict[str, Any], faults: list[tuple[str, str | None]]) -> int:
-    if arguments.events != "-":
+    if arguments.events not in ("-", "journal"):
         engine = summary["engine_ms"]
         print(
             f"{summary['ticks']} ticks, {summary['gap_ticks']} lost; engine {engine['p50']} ms (p99 {engine['p99']}); "

@@ -17,7 +17,7 @@ from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
 from device.engine import Memory
-from device.events import EventLog, Recording
+from device.events import Recording
 from device.ladder import LADDER, Ladder
 from device.realtime import SlackCollector
 from device.recorder import NoRecorder
@@ -41,6 +41,21 @@ class Actuator(Protocol):
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened since the last call; `at_ns`, where there is one, is CLOCK_MONOTONIC."""
+
+
+class Events(Protocol):
+    """Where events go; `put` never waits in real time."""
+
+    dropped: int
+
+    def put(self, event: dict[str, Any], /) -> None: ...
+
+
+class Watcher(Protocol):
+    """Who wants to know of every tick. None of its calls waits."""
+
+    def ticked(self, edge: Edge, decision: Decision, frames: Frames, late_samples: int) -> None:
+        """A tick has been completed. Called by the loop alone: when it stalls, the watcher gets to know."""
 
 
 class NoActuator:
@@ -103,13 +118,14 @@ class Loop:
     camera: Camera
     text: TextQueue
     actuator: Actuator
-    events: EventLog
+    events: Events
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
     recorder: Recorder = field(default_factory=NoRecorder)
     ladder: Ladder = field(default_factory=Ladder)
     thermometer: Thermometer | None = None
+    watcher: Watcher | None = None
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -144,7 +160,6 @@ class Loop:
             with SlackCollector() as garbage:
                 for edge in self._wait(header, notices):
                     self._tick(edge)
-                    self.actuator.heartbeat()
                     garbage.after_tick((edge.tick + 2) * self._tick_ns - self.ticker.now_ns())
         except Exception as error:
             self._log({"event": "fault", "tick": self._at_tick, "fault": f"{type(error).__name__}: {error}"})
@@ -189,6 +204,9 @@ class Loop:
         self._record(edge, decision, times)
         if launched or probing:
             self._climb(times, lag)
+        self.actuator.heartbeat()
+        if self.watcher is not None:
+            self.watcher.ticked(edge, decision, frames, late_samples)
 
     def _wait(self, header: dict[str, Any], notices: tuple[dict[str, Any], ...]) -> Iterator[Edge]:
         latency_samples = self.line.start()

@@ -1,4 +1,7 @@
-"""The statistics line: one event a second that says how the last minute went."""
+"""The loop's own statistics: one event a second, in the event log and the flight recorder, that says how the last minute went.
+
+A board's journal has a line of its own in its place, which knows the devices around the loop, too: device/field/statistics.py.
+"""
 
 from __future__ import annotations
 

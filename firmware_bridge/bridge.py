@@ -18,7 +18,7 @@ from firmware_bridge.clock import ClockSync, RoundTrips
 from firmware_bridge.dictionary import LIMITS, MOTIONS, SETTINGS, name_of, pack
 from firmware_bridge.errors import BadLine, BridgeError, LinkLost, NoAnswer
 from firmware_bridge.health import LinkHealth
-from firmware_bridge.outputs import ACTS
+from firmware_bridge.outputs import MOTION_OF
 from firmware_bridge.port import open_port
 from firmware_bridge.session import Identity, Session
 
@@ -125,7 +125,7 @@ class Bridge:
 
     def act(self, name: str, at_ns: int | None = None) -> None:
         """Begin the motion of act `name` at `at_ns` of CLOCK_MONOTONIC, or as soon as is safe; unknown acts are dropped and counted."""
-        motion = ACTS.get(name, "")
+        motion = MOTION_OF.get(name, "")
         if motion is None:
             return
         if not motion or not self.connected:

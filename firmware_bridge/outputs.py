@@ -15,3 +15,6 @@ ACTS: dict[str, str | None] = {
     "yield": None,  # falls silent
     "ask": None,  # asks for more thought
 }
+# What the host shows by itself.
+SIGNALS: dict[str, str | None] = {"alert": "ALERT"}  # the board went back to the release before
+MOTION_OF = {**ACTS, **SIGNALS}

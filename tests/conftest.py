@@ -35,10 +35,11 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs in real time listen where no other companion of this machine does."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in real time listen, and leave their dumps, where no other companion of this machine does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COPRESENCE_RUNTIME", str(tmp_path_factory.mktemp("run")))
+        patch.setenv("COPRESENCE_STATE", str(tmp_path_factory.mktemp("state")))
         yield
 
 
