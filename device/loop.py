@@ -16,7 +16,7 @@ import numpy as np
 from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
-from device.events import EventLog, Recording
+from device.events import Recording
 from device.realtime import SlackCollector
 from device.session import Decision, Session
 from device.steering import Steering
@@ -51,6 +51,16 @@ class NoActuator:
 
     def take_events(self) -> list[dict[str, Any]]:
         return []
+
+
+class Events(Protocol):
+    """Where the loop tells what happens; `dropped` counts what got lost there."""
+
+    @property
+    def dropped(self) -> int: ...
+
+    def put(self, event: dict[str, Any], /) -> None:
+        """Never waits."""
 
 
 class TextQueue:
@@ -96,7 +106,7 @@ class Loop:
     camera: Camera
     text: TextQueue
     actuator: Actuator
-    events: EventLog
+    events: Events
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
