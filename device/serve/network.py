@@ -45,7 +45,7 @@ class NetworkMicrophone(Source):
         self._margin, self._burst = rate_hz * buffer_ms // 1000, rate_hz * BURST_MS // 1000
         self._captured = Ring(CAPTURE_S * rate_hz)
         self.position = 0  # samples received
-        self._origin = self._silent_until = self._judged = 0
+        self._origin = self._silent_until = 0
         self._flowing = False  # there is a stream, and `_origin` is its
         self._missing_edges = 0
         self._fastest: tuple[int, int] | None = None  # of the packets since the last edge: CLOCK_MONOTONIC, and the position after it
@@ -72,7 +72,6 @@ class NetworkMicrophone(Source):
     def ready(self, end: int) -> bool:
         """At the edge that ends at session sample `end`: whether its tick can be run, or is lost."""
         position, fastest = self.position, self._fastest
-        arrived, self._judged = position > self._judged, position
         self._fastest = None
         self._stamp = fastest or self._stamp
         if not self._flowing:
@@ -91,7 +90,7 @@ class NetworkMicrophone(Source):
         if self._missing_edges > MOST_LOST:
             self._missing_edges, self._flowing = 0, False
             return True
-        if self._missing_edges == LATE_EDGES and arrived and fastest is not None:
+        if self._missing_edges >= LATE_EDGES and fastest is not None:
             before = self._origin
             self._place(fastest, end)
             self.counts["inserted_samples"] += max(0, before - self._origin)
