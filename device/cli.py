@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import secrets
 import signal
 import sys
@@ -244,6 +245,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     if max(arguments.playout_offset_ms, arguments.jitter_buffer_ms) > LONGEST_OFFSET_MS:
         raise UsageError(f"--playout-offset-ms or --jitter-buffer-ms is beyond {LONGEST_OFFSET_MS}; give less")
     token = None if arguments.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
+    if token is not None and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):  # a browser hands it over as a WebSocket subprotocol
+        raise UsageError(f"${TOKEN_VARIABLE} must be 8 letters, digits, or any of _ - . ~, at least")
     trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
     bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
     said = sys.stderr if arguments.events == "-" else sys.stdout

@@ -41,7 +41,7 @@ BURST_S = 5  # of them at once, such as after a stall of the network
 PATIENCE_S = 2.0
 PING_S, DEAD_S = 5.0, 10.0  # a peer that answers no ping for so long is dead
 SLOW_S = 5.0  # a peer that takes nothing in for so long is cut
-MOST_WAITING = 1000  # events for a peer: it is slow before that many come in SLOW_S
+MOST_WAITING = 2 * MESSAGES_PER_S * BURST_S  # events for a peer: a message may be answered by two
 
 GOING, POLICY, TRY_AGAIN = 1001, 1008, 1013  # RFC 6455, 7.4.1, and its registry
 
@@ -155,10 +155,10 @@ class Server:
 
     def _from_here(self, headers: Headers) -> bool:
         """Not another site's page in somebody's browser: by its origin, and by the name under which it came to this machine."""
-        host, origin = headers.get("Host", ""), headers.get("Origin")
-        if self.host in LOOPBACK and urlsplit(f"//{host}").hostname not in LOOPBACK:
+        hosts, origins = headers.get_all("Host"), headers.get_all("Origin")
+        if len(hosts) != 1 or (self.host in LOOPBACK and urlsplit(f"//{hosts[0]}").hostname not in LOOPBACK):
             return False
-        return origin is None or urlsplit(origin).netloc == host
+        return all(urlsplit(origin).netloc == hosts[0] for origin in origins)
 
     def _knows(self, headers: Headers) -> bool:
         if self._token is None:
