@@ -264,6 +264,7 @@ async def _flood(connection: ClientConnection) -> None:
     with contextlib.suppress(ConnectionClosed):
         for _ in range(100_000):
             await connection.send('{"type": "input_audio_buffer.clear"}')
+            await asyncio.sleep(0)  # to read as well
 
 
 async def rest(connection: ClientConnection) -> list[str | bytes]:
