@@ -55,10 +55,11 @@ class Browser:
         wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce" if calm else "no-preference"}
         self.send("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in wishes.items()])
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
-        self.complaints, self.requests, self._loaded = [], [], False
-        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
-        while not self._loaded:
-            self._listen()
+        for address in ("about:blank", page if isinstance(page, str) else page.resolve().as_uri()):  # going to where one is loads nothing
+            self.complaints, self.requests, self._loaded = [], [], False
+            self.send("Page.navigate", url=address)
+            while not self._loaded:
+                self._listen()
 
     def reload(self) -> None:
         """As a person does, and wait until it has loaded."""
@@ -80,8 +81,10 @@ class Browser:
         return found
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is in the page."""
-        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        """What a JavaScript expression is in the page; None if it is undefined."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def picture(self, file: Path) -> None:
         """The whole page as PNG."""

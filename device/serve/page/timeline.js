@@ -2,7 +2,7 @@
 
 const SECONDS = 12;
 const LANES = [ // name, share of the height
-  ["hears", 30], ["sees", 24], ["says", 14], ["does", 14], ["engine", 18],
+  ["hears", 29], ["sees", 23], ["says", 17], ["does", 13], ["engine", 18],
 ];
 const GAP = 6, LABEL = 16;
 const THUMBNAIL_TICKS = 6;
@@ -62,7 +62,7 @@ export class Timeline {
       for (let channel = 0; channel < channels; channel++) {
         const at = 4 * ((channels - 1 - channel) * per_tick + column);
         const share = tick.levels[column * channels + channel] / (most - 1);
-        image.data.set([r, g, b, 255 * share ** 1.6], at);
+        image.data.set([r, g, b, 255 * share ** 2], at);
       }
     }
     context.putImageData(image, spectrum.width - per_tick, 0);
@@ -146,7 +146,14 @@ export class Timeline {
     context.fillStyle = this.style("--says");
     for (const tick of this.ticks) if (tick.speaking) context.fillRect(this.x(tick.tick, size, width), y + tall - 3, size, 3);
     context.font = `400 17px ${this.style("--serif")}`;
-    for (const tick of this.ticks) if (tick.say?.length) context.fillText(tick.say.join(" "), this.x(tick.tick, size, width), y + tall - 8);
+    let end = -Infinity, raised = false; // of the word before: one that would touch it is written higher
+    for (const { tick, say } of this.ticks) {
+      if (!say?.length) continue;
+      const word = say.join(" "), x = this.x(tick, size, width);
+      raised = x < end && !raised;
+      context.fillText(word, x, y + tall - (raised ? 22 : 7));
+      end = x + context.measureText(word).width + 6;
+    }
   }
 
   does(y, tall, size, width) {
