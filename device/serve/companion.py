@@ -88,8 +88,10 @@ class Visit:
         self._companion.log.put(event)
         shown: dict[str, Any] = {}
         if self._watched and event["event"] == "tick" and self._line is not None:
-            heard_samples = self._microphone.heard_until((event["tick"] + 1) * self._companion.config.tick_samples)
-            shown = {"heard": self._line.mic.copy(), "heard_samples": heard_samples, "seen": self._camera.seen}
+            config = self._companion.config
+            heard_samples = self._microphone.heard_until((event["tick"] + 1) * config.tick_samples)
+            heard_s = heard_samples / config.audio.sample_rate_hz  # of the peer's own sound: what it sent later is not heard yet
+            shown = {"heard": self._line.mic.copy(), "heard_s": round(heard_s, 4), "seen": self._camera.seen}
         self._tell(event, self._speaker.speech, shown)
 
     def run(self, header: dict[str, Any], stop: threading.Event) -> None:

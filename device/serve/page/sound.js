@@ -51,7 +51,7 @@ export class Eyes {
     this.pictures = new Map();
     this.count = 0;
     this.onPicture = onPicture;
-    this.video.play();
+    this.video.play().catch(() => {}); // it was closed before it began
     this.timer = setInterval(() => this.look(), PICTURE_MS);
   }
 
