@@ -137,6 +137,8 @@ def test_it_fits_a_phone_by_day_and_by_night(server: Server, visitor: Browser, r
         visitor.until(f"{STATE} === 'on'")
         visitor.until(f"{SAID}.length > 0", PATIENCE_S)
         assert visitor.value("document.documentElement.scrollWidth") <= 360
+        beside = "[...document.querySelectorAll('button, input, canvas, dl, ol, p')].filter((e) => e.getBoundingClientRect().right > 344)"
+        assert visitor.value(f"{beside}.map((e) => e.id)") == [], "nothing sticks out of its card"
         small = "[...document.querySelectorAll('button, input')].filter((e) => e.getBoundingClientRect().height < 44).map((e) => e.id)"
         assert visitor.value(small) == [], "a thumb hits every control"
         shades.append(visitor.value("getComputedStyle(document.documentElement).backgroundColor"))
@@ -228,6 +230,7 @@ def test_a_denied_microphone_is_said_and_it_still_sees(server: Server, room: tup
         shy.press("#talk")
         shy.until(f"{TROUBLE}.includes('microphone is blocked') && {TROUBLE}.includes('cannot hear you')")
         shy.until(f"{SAID}.includes('{WORD}')", PATIENCE_S)
+        assert shy.value(STATUS) == "It sees you, but cannot hear you."
         screenshot(shy, repository, "denied")
         assert shy.complaints == []
 

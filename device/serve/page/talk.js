@@ -9,10 +9,18 @@ const FULL = 1 << 17; // bytes waiting for the network: what is late is dropped,
 const LINES = 200; // of the log
 const TRY_AGAIN = 1013, POLICY = 1008; // close codes, as in device/serve/server.py
 
+// By what it was lent: nothing, the microphone, the camera, both.
+const PRESENT = [
+  "It is here, but cannot hear or see you.",
+  "It hears you, but cannot see you.",
+  "It sees you, but cannot hear you.",
+  "It is here, and attends to you.",
+];
+
 const $ = (id) => document.getElementById(id);
 const face = new Face($("face")), timeline = new Timeline($("timeline"));
 const token = decodeURIComponent(location.hash.slice(1));
-const page = { wanted: false, socket: null, sound: null, eyes: null, streams: [], lost: 0, attempt: 0, retry: 0, words: new Set() };
+const page = { wanted: false, socket: null, sound: null, eyes: null, streams: [], hears: false, sees: false, lost: 0, attempt: 0, retry: 0, words: new Set() };
 
 // --- what is on the page -------------------------------------------------------------------------------------------
 
@@ -84,6 +92,7 @@ async function openDevices() {
   const heard = page.sound && (await borrow("microphone", { audio }));
   if (heard && page.wanted) page.sound.listen(heard, hear);
   const seen = page.wanted && (await borrow("camera", { video: { width: { ideal: 640 }, height: { ideal: 480 }, facingMode: "user" } }));
+  Object.assign(page, { hears: Boolean(heard), sees: Boolean(seen) });
   if (seen && page.wanted) {
     page.eyes = new Eyes(seen, see);
     page.eyes.paused = !pressed("camera");
@@ -191,7 +200,7 @@ const EVENTS = {
     timeline.begin(bundle);
     page.tickMs = bundle.tick_ms;
     face.wake();
-    state("on", page.streams.length ? "It is here, and attends to you." : "It is here, but cannot hear or see you.");
+    state("on", PRESENT[Number(page.hears) + 2 * Number(page.sees)]);
   },
   "copresence.tick"(tick) {
     page.lost += tick.gap_ticks;
