@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -102,6 +103,7 @@ class Browser:
 
     def _listen(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._answers], [], [], PATIENCE_S)[0], "Chromium does not answer"
             block = self._answers.read(1 << 16)
             assert block, "Chromium went away"
             self._buffer += block

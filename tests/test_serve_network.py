@@ -244,6 +244,26 @@ def test_pictures_are_seen_by_name_and_bad_ones_are_counted() -> None:
         camera.close()
 
 
+def test_a_camera_ends_while_pictures_keep_coming() -> None:
+    camera, closing = NetworkCamera(CONFIG, lambda: 0.0), threading.Event()
+    picture = encoded(".jpg", 160, 120, 200)
+
+    def shower() -> None:
+        while not closing.is_set():
+            camera.show("look", "image/jpeg", picture)
+
+    showing = [threading.Thread(target=shower, daemon=True) for _ in range(2)]
+    for thread in showing:
+        thread.start()
+    ending = threading.Thread(target=camera.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    closing.set()
+    assert not ending.is_alive()
+    camera.show("look", "image/jpeg", picture)
+    assert camera._pictures.qsize() <= 2, "and nothing gathers afterwards"
+
+
 def test_words_wait_for_the_next_ticks_and_not_without_bound() -> None:
     words = NetworkText(per_tick=3)
     assert words.add([1, 2, 3, 1])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -184,19 +185,21 @@ class NetworkCamera(FrameCamera):
         self._config, self._now_s = config, now_s
         self._pictures: queue.Queue[tuple[float, str, str, bytes] | None] = queue.Queue()
         self._names: deque[tuple[float, str]] = deque(maxlen=KNOWN_PICTURES)
+        self._showing, self._over = threading.Lock(), False
         self.seen: str | None = None
         super().__init__(config, self._decoded(), patient=False)
         self.counts.update(dropped_pictures=0, bad_pictures=0)
 
     def show(self, name: str, kind: str, picture: bytes) -> None:
         """A picture of one of the kinds in `DECODERS`, under a name; called by the network's thread. What cannot be decoded is counted."""
-        while self._pictures.qsize() >= PICTURES_AHEAD:
-            try:
-                self._pictures.get_nowait()
-            except queue.Empty:
-                break
-            self.counts["dropped_pictures"] += 1
-        self._pictures.put((self._now_s(), name, kind, picture))
+        with self._showing:
+            if self._over:
+                return
+            while self._pictures.qsize() >= PICTURES_AHEAD:
+                with suppress(queue.Empty):
+                    self._pictures.get_nowait()
+                    self.counts["dropped_pictures"] += 1
+            self._pictures.put((self._now_s(), name, kind, picture))
 
     def frames_at(self, edge_s: float) -> tuple[Frames, float]:
         frames, age_s = super().frames_at(edge_s)
@@ -205,7 +208,9 @@ class NetworkCamera(FrameCamera):
         return frames, age_s
 
     def close(self) -> None:
-        self._pictures.put(None)
+        with self._showing:
+            self._over = True
+            self._pictures.put(None)  # no picture comes after it, or pushes it out
         super().close()
 
     def _decoded(self) -> Iterator[Shot | float]:

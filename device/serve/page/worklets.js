@@ -1,7 +1,7 @@
 // The two ends of the sound, on the browser's audio thread: samples out of the microphone, samples into the loudspeaker.
 
 const PACKET = 480; // samples: 20 ms at 24 kHz
-const AHEAD = 0.06; // seconds waiting before playing begins: what arrives every 200 ms arrives with jitter
+const AHEAD = 0.06; // seconds that the first sound waits: what arrives tick by tick arrives with jitter
 const KEPT = 10; // seconds at most
 
 class Capture extends AudioWorkletProcessor {
@@ -29,8 +29,7 @@ class Playback extends AudioWorkletProcessor {
   constructor() {
     super();
     this.ring = new Float32Array(KEPT * sampleRate);
-    this.read = this.written = 0;
-    this.playing = false;
+    this.read = this.written = this.held = 0;
     this.loudness = this.quantum = 0;
     this.port.onmessage = ({ data }) => (data === "hush" ? (this.read = this.written) : this.take(data));
   }
@@ -41,14 +40,13 @@ class Playback extends AudioWorkletProcessor {
   }
 
   process(_, [output]) {
-    const out = output[0], waiting = this.written - this.read;
-    if (waiting >= AHEAD * sampleRate) this.playing = true;
+    const out = output[0], begins = this.held >= AHEAD * sampleRate;
+    this.held = this.read < this.written ? this.held + out.length : 0; // run empty: the next sound waits again
     let power = 0;
     for (let i = 0; i < out.length; i++) {
-      out[i] = this.playing && this.read < this.written ? this.ring[this.read++ % this.ring.length] : 0;
+      out[i] = begins && this.read < this.written ? this.ring[this.read++ % this.ring.length] : 0;
       power += out[i] * out[i];
     }
-    if (this.read === this.written) this.playing = false;
     this.loudness = Math.max(this.loudness, Math.sqrt(power / out.length));
     if (++this.quantum % 8 === 0) { // every 43 ms: enough for a mouth
       this.port.postMessage(this.loudness);
