@@ -14,6 +14,7 @@ from device.serve.network import (
     LATE_EDGES,
     MOST_LOST,
     MOST_WORDS,
+    PICTURES_AHEAD,
     NetworkCamera,
     NetworkMicrophone,
     NetworkSpeaker,
@@ -261,7 +262,7 @@ def test_a_camera_ends_while_pictures_keep_coming() -> None:
     closing.set()
     assert not ending.is_alive()
     camera.show("look", "image/jpeg", picture)
-    assert camera._pictures.qsize() <= 2, "and nothing gathers afterwards"
+    assert camera._pictures.qsize() <= PICTURES_AHEAD + 1, "and nothing gathers afterwards"
 
 
 def test_words_wait_for_the_next_ticks_and_not_without_bound() -> None:

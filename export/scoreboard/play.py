@@ -137,7 +137,7 @@ def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int, record: Callab
         camera=SceneCamera(scene, tick_s),
         text=TextQueue(deliveries(scene, tick_s), c.text.text_in),
         actuator=NoActuator(),
-        events=events,  # type: ignore[arg-type]
+        events=events,
         recording=played,  # type: ignore[arg-type]
         seconds=None,
         stop=threading.Event(),
