@@ -37,7 +37,7 @@ class Journey:
         sent_s = (np.arange(len(delays_s)) + 1) * PACKET / RATE * (1 - ppm * 1e-6)
         self.due_ns = (np.maximum.accumulate(sent_s + delays_s) * 1e9).astype(np.int64)
         self.now_ns = 1
-        self.microphone = NetworkMicrophone(RATE, TICK, buffer_ms, lambda: self.now_ns)
+        self.microphone = NetworkMicrophone(RATE, buffer_ms, lambda: self.now_ns)
         self._sent = 0
 
     def until(self, now_ns: int) -> None:
@@ -130,6 +130,13 @@ def test_without_a_microphone_ticks_go_on_in_silence_and_it_may_come_back() -> N
     assert path.tick(60) and not path.heard(60).any()
     path.microphone.append(SOUND[: 2 * TICK])
     assert path.tick(61) and path.heard(61).any()
+
+
+def test_an_empty_packet_is_no_microphone() -> None:
+    """A resampler gives nothing for its first packet."""
+    path = Journey([0.0] * 20)
+    path.microphone.append(SOUND[:0])
+    assert path.microphone.ready(TICK) and path.microphone.stamp() is None and path.microphone.heard_until(TICK) == 0
 
 
 @pytest.mark.parametrize("ppm", [-250.0, 100.0])

@@ -26,8 +26,11 @@ from device.session import Session
 from device.steering import Steering
 from device.ticker import RealtimeTicker
 
-QUALITY = "MQ"  # soxr's: passes up to 7.3 kHz at 16 kHz, and delays by 15 ms; its best would delay by 21
+QUALITY = "MQ"  # soxr's: passes up to 7.3 kHz at 16 kHz, and holds back 6 to 38 ms, measured; "LQ" holds back 3 to 20, and ends at 5.4 kHz
 LOOK_S = 0.5  # how often the main thread looks whether it is to stop while nobody is there
+
+
+Tell = Callable[[dict[str, Any], NDArray[np.float32], dict[str, Any]], None]
 
 
 class Visit:
@@ -37,16 +40,14 @@ class Visit:
     shows besides; it must not wait.
     """
 
-    def __init__(
-        self, companion: Companion, tell: Callable[[dict[str, Any], NDArray[np.float32], dict[str, Any]], None], watched: bool
-    ) -> None:
+    def __init__(self, companion: Companion, tell: Tell, watched: bool) -> None:
         config = companion.config
         self._companion, self._tell, self._watched = companion, tell, watched
         rate_hz, tick_ns = config.audio.sample_rate_hz, config.tick_ms * 1_000_000
         self._stack = ExitStack()
         self._clock = RealtimeTicker(tick_ns)
         self._stack.callback(self._clock.close)
-        self._microphone = NetworkMicrophone(rate_hz, config.tick_samples, companion.buffer_ms)
+        self._microphone = NetworkMicrophone(rate_hz, companion.buffer_ms)
         self._speaker = NetworkSpeaker(rate_hz, self._clock.now_ns)
         self._camera = NetworkCamera(config, self._now_s)
         self._stack.callback(self._camera.close)
@@ -55,7 +56,6 @@ class Visit:
         self._to_peer = soxr.ResampleStream(rate_hz, RATE_HZ, 1, dtype="float32", quality=QUALITY)
         self._line: Line | None = None
         self._dmel = DMel(config.audio)
-        self.dropped = 0  # of the loop's events
 
     # What the peer sends, in the network's thread: `protocol.Senses`.
 
@@ -84,6 +84,10 @@ class Visit:
 
     # What the loop tells: its `events`.
 
+    @property
+    def dropped(self) -> int:
+        return self._companion.log.dropped
+
     def put(self, event: dict[str, Any]) -> None:
         self._companion.log.put(event)
         shown: dict[str, Any] = {}
@@ -99,7 +103,7 @@ class Visit:
         companion, config = self._companion, self._companion.config
         tick_ns, rate_hz = config.tick_ms * 1_000_000, config.audio.sample_rate_hz
         with self._stack:
-            # What is said reaches the peer's ear no sooner than its jitter buffer lets through what the ear hears then.
+            # The peer's microphone hears what is said in sound that the jitter buffer holds back.
             offset_samples = (companion.offset_ms + companion.buffer_ms) * rate_hz // 1000
             self._line = Line(config, self._microphone, self._speaker, offset_samples)
             Loop(

@@ -40,9 +40,9 @@ class NetworkMicrophone(Source):
     chosen so that the packet that travelled fastest is there `buffer_ms` before the edge that needs it.
     """
 
-    def __init__(self, rate_hz: int, tick_samples: int, buffer_ms: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, rate_hz: int, buffer_ms: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         super().__init__()
-        self._rate_hz, self._tick_samples, self._now_ns = rate_hz, tick_samples, now_ns
+        self._rate_hz, self._now_ns = rate_hz, now_ns
         self._margin, self._burst = rate_hz * buffer_ms // 1000, rate_hz * BURST_MS // 1000
         self._captured = Ring(CAPTURE_S * rate_hz)
         self.position = 0  # samples received
@@ -55,6 +55,8 @@ class NetworkMicrophone(Source):
 
     def append(self, samples: Samples) -> None:
         """What has just come, f32[n] ±1 at the session's rate; called by the network's thread."""
+        if not samples.size:
+            return
         newest = samples[-self._captured.capacity :]
         self._captured.write(self.position + samples.size - newest.size, newest)
         self.position += samples.size

@@ -5,7 +5,6 @@ const LANES = [ // name, share of the height
   ["hears", 29], ["sees", 23], ["says", 17], ["does", 13], ["engine", 18],
 ];
 const GAP = 6, LABEL = 16;
-const THUMBNAIL_TICKS = 6;
 
 export class Timeline {
   constructor(canvas) {
@@ -26,6 +25,8 @@ export class Timeline {
     this.bundle = bundle;
     this.shown = Math.ceil((SECONDS * 1000) / bundle.tick_ms);
     this.ticks = [];
+    this.thumbnail = -Infinity; // the tick of the newest picture that is shown
+    this.every = 1;
     this.moving = true;
     const { channels, per_tick } = bundle.dmel;
     this.spectrum = Object.assign(document.createElement("canvas"), { width: (this.shown + 1) * per_tick, height: channels });
@@ -39,7 +40,9 @@ export class Timeline {
   add(tick, levels, picture) {
     const before = this.ticks.at(-1);
     for (let lost = before ? before.tick + 1 : tick.tick; lost < tick.tick; lost++) this.push({ tick: lost, lost: true });
-    this.push({ ...tick, levels, picture, at: performance.now() });
+    const seen = picture && tick.tick - this.thumbnail >= this.every; // one picture beside the other, not over it
+    if (seen) this.thumbnail = tick.tick;
+    this.push({ ...tick, levels, picture: seen ? picture : null, at: performance.now() });
     if (this.calm.matches) this.draw();
   }
 
@@ -125,9 +128,10 @@ export class Timeline {
 
   sees(y, tall, size, width) {
     const { context } = this, { width: w, height: h, patch } = this.bundle.frame;
-    const wide = (tall * w) / h, every = Math.max(THUMBNAIL_TICKS, Math.ceil((wide + 6) / size));
+    const wide = (tall * w) / h;
+    this.every = Math.ceil((wide + 6) / size);
     for (const { tick, picture } of this.ticks) {
-      if (!picture || tick % every) continue;
+      if (!picture) continue;
       const x = this.x(tick, size, width), scale = tall / h;
       context.drawImage(picture, x, y, wide, tall);
       context.strokeStyle = this.style("--card");
