@@ -26,7 +26,7 @@ from device.session import Session
 from device.steering import Steering
 from device.ticker import RealtimeTicker
 
-QUALITY = "MQ"  # soxr's: passes up to 7.3 kHz at 16 kHz, and holds back 6 to 38 ms, measured; "LQ" holds back 3 to 20, and ends at 5.4 kHz
+QUALITY = "MQ"  # soxr's: whole up to 7.3 kHz at 16 kHz, and holds back 6 to 38 ms, measured; "LQ" holds back 3 to 20, and ends at 6 kHz
 LOOK_S = 0.5  # how often the main thread looks whether it is to stop while nobody is there
 
 
