@@ -36,6 +36,10 @@ demo: $(VENV)/.demo bundle ## make a scene, run the companion on it in real time
 		--text "$${text[@]}" --speaker $(DEMO)/out.wav --events $(DEMO)/events.jsonl --clock realtime
 	$(BIN)/copresence-export timeline $(DEMO)
 
+.PHONY: talk
+talk: $(VENV)/.demo bundle ## sit down in front of the companion with a browser: prints the address of a page to talk to
+	$(BIN)/copresence serve --bundle $(BUNDLE)
+
 .PHONY: bundle
 bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository
 	$(BIN)/copresence-export build $(CHECKPOINT) --out $(BUNDLE)
@@ -64,10 +68,11 @@ lint: $(VENV)/.setup ## ruff, mypy, the import rule, and cppcheck for the firmwa
 	$(FIRMWARE) lint
 
 .PHONY: bench
-bench: $(VENV)/.setup bundle firmware ## measure the tick, the clock (a figure too) and the bridge in QEMU on this machine, as tables
+bench: $(VENV)/.setup bundle firmware ## measure the tick, the clock (a figure too), the bridge in QEMU and the network on this machine, as tables
 	$(BIN)/copresence-export bench $(BUNDLE) --firmware build/firmware/bridge-qemu.elf
 	$(BIN)/python -m export.clock_bench build/clock.png
 	$(BIN)/python -m firmware_bridge.bench build/firmware/bridge-qemu.elf
+	$(BIN)/python -m device.serve.bench $(BUNDLE)
 
 .PHONY: firmware
 firmware: ## build the microcontroller's firmware, and show how large it is
@@ -145,7 +150,7 @@ $(BIN)/python:
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng
-	$(PIP) --editable '.[bridge,export]'
+	$(PIP) --editable '.[bridge,export,serve]'
 	@touch $@
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
@@ -153,5 +158,5 @@ $(VENV)/.setup: pyproject.toml | $(BIN)/python
 		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
-	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'
+	$(PIP) --editable '.[board,serve,export,distill,scoreboard,dev]'
 	@touch $(VENV)/.demo $@

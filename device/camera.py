@@ -162,7 +162,7 @@ def _video_shots(path: Path, config: ModelConfig) -> Iterator[Shot | float]:
             for frame in container.decode(stream):
                 time_s = frame.time - zero_s
                 end_s = time_s + period_s
-                yield Shot(time_s, _fit(frame, config))
+                yield Shot(time_s, fit(frame, config))
         yield end_s
 
     return shots()
@@ -176,7 +176,7 @@ def _folder_shots(path: Path, config: ModelConfig) -> Iterator[Shot | float]:
     def shots() -> Iterator[Shot | float]:
         for i, file in enumerate(files):
             with _open(file) as container:
-                yield Shot(i / FOLDER_HZ, _fit(next(container.decode(video=0)), config))
+                yield Shot(i / FOLDER_HZ, fit(next(container.decode(video=0)), config))
         yield len(files) / FOLDER_HZ
 
     return shots()
@@ -191,7 +191,7 @@ def _open(path: Path) -> av.container.InputContainer:
         raise SourceError(f"camera file {path} cannot be read: {error}; give a video file or a folder of images") from error
 
 
-def _fit(frame: av.VideoFrame, config: ModelConfig) -> Frames:
+def fit(frame: av.VideoFrame, config: ModelConfig) -> Frames:
     """Scale until it covers the model's frame, then cut the edges off: u8[H, W, 3], RGB."""
     height, width = config.video.height, config.video.width
     scale = max(height / frame.height, width / frame.width)

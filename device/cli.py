@@ -1,11 +1,14 @@
-"""The command line of the board: `copresence run`, and what a field engineer asks (device/field/)."""
+"""The command line of the board: `copresence run` and `serve`, and what a field engineer asks (device/field/)."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import math
+import os
 import platform
+import re
+import secrets
 import signal
 import sys
 import threading
@@ -51,6 +54,9 @@ from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
 LONGEST_OFFSET_MS = 1000
+JITTER_BUFFER_MS = 80  # four packets of 20 ms: covers 50 ms of jitter, measured (README)
+TOKEN_VARIABLE = "COPRESENCE_TOKEN"
+BUNDLE_HELP = "a bundle made by 'copresence-export build'"
 
 USAGE_ERROR = 2
 WRITE_ERROR = 1
@@ -109,10 +115,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     run.add_argument(
         "--config", type=Path, metavar="FILE", help=f"take the options from it, as on a board ({SETTINGS_FILE}); those given here win"
     )
-    run.add_argument("--bundle", help="a bundle made by 'copresence-export build'")
-    run.add_argument(
-        "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
-    )
+    run.add_argument("--bundle", help=BUNDLE_HELP)
+    _add_shared(run)
     run.add_argument(
         "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
     )
@@ -137,8 +141,6 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     run.add_argument(
         "--master", choices=MASTERS, help="whose clock the ticks follow (default: audio with a live microphone or speaker, otherwise soc)"
     )
-    run.add_argument("--no-priority", action="store_true", help="ask the kernel for no real-time priority, CPU or locked memory")
-    run.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
     run.add_argument(
         "--text",
         action="extend",
@@ -147,27 +149,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         metavar="SECONDS:TOKENS",
         help="words to deliver as text at a time, such as '2.5:count three'",
     )
-    run.add_argument(
-        "--playout-offset-ms",
-        type=_natural,
-        default=PLAYOUT_OFFSET_MS,
-        metavar="MS",
-        help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
-    )
     run.add_argument("--seconds", type=float, metavar="N", help="end after so long")
-    run.add_argument(
-        "--keys",
-        metavar="FOLDER",
-        help=f"public keys; with one there, only bundles signed by it run (default: ${KEYS_VARIABLE}, {KEYS_FOLDER})",
-    )
-    run.add_argument(
-        "--state",
-        metavar="FOLDER",
-        help=f"where the version of the signed bundle that ran last is kept (default: ${STATE_VARIABLE}, {STATE_FOLDER})",
-    )
-    run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
     run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
-    run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
     run.add_argument(
         "--dumps",
         type=Path,
@@ -178,10 +161,65 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--record-raw", action="store_true", help="dumps hold sound and pictures too, and can be replayed (default: neither, for privacy)"
     )
     run.set_defaults(command_function=_run)
+    _add_serve(commands)
     for module in (settings, doctor, logs, top, pull):
         module.add_command(commands)
     after.add_commands(commands)
     return parser, run
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that runs a bundle."""
+    parser.add_argument(
+        "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
+    )
+    parser.add_argument("--no-priority", action="store_true", help="ask the kernel for no real-time priority, CPU or locked memory")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
+    parser.add_argument(
+        "--playout-offset-ms",
+        type=_natural,
+        default=PLAYOUT_OFFSET_MS,
+        metavar="MS",
+        help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
+    )
+    parser.add_argument(
+        "--keys",
+        metavar="FOLDER",
+        help=f"public keys; with one there, only bundles signed by it run (default: ${KEYS_VARIABLE}, {KEYS_FOLDER})",
+    )
+    parser.add_argument(
+        "--state",
+        metavar="FOLDER",
+        help=f"where the version of the signed bundle that ran last is kept (default: ${STATE_VARIABLE}, {STATE_FOLDER})",
+    )
+    parser.add_argument(
+        "--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last"
+    )
+    parser.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="run a bundle for who connects: a page to talk to, and OpenAI's Realtime API",
+        description="Runs a bundle for one peer at a time, over a WebSocket that speaks OpenAI's Realtime API, with a page to talk to. "
+        f"The key that peers need is made anew at each start, or taken from ${TOKEN_VARIABLE}.",
+    )
+    serve.add_argument("--bundle", required=True, help=BUNDLE_HELP)
+    serve.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
+    _add_shared(serve)
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="default: 8765; 0: any that is free")
+    serve.add_argument("--no-token", action="store_true", help="whoever can connect may talk")
+    serve.add_argument(
+        "--jitter-buffer-ms",
+        type=_natural,
+        default=JITTER_BUFFER_MS,
+        metavar="MS",
+        help=f"packets that are late by so much are in time; it adds to every reaction (default: {JITTER_BUFFER_MS})",
+    )
+    network = dict.fromkeys(("mic", "camera", "speaker", "master"), "network")
+    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, text=[], **network)
 
 
 def _natural(text: str) -> int:
@@ -269,6 +307,55 @@ def _run(arguments: argparse.Namespace) -> int:
         lost = f"{calibration.dropped} ticks came faster than they could be written" if calibration.dropped else None
         faults.append(("--record-calibration", calibration.fault or lost))
     return _report(arguments, summary, faults)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from device.serve.companion import Companion
+        from device.serve.server import LOOPBACK, Server
+    except ImportError as error:
+        raise UsageError(
+            f"serving needs a library that is not here ({error}); install the extra: pip install 'copresence[serve]'"
+        ) from error
+    if max(arguments.playout_offset_ms, arguments.jitter_buffer_ms) > LONGEST_OFFSET_MS:
+        raise UsageError(f"--playout-offset-ms or --jitter-buffer-ms is beyond {LONGEST_OFFSET_MS}; give less")
+    token = None if arguments.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
+    if token is not None and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):  # a browser hands it over as a WebSocket subprotocol
+        raise UsageError(f"${TOKEN_VARIABLE} must be 8 letters, digits, or any of _ - . ~, at least")
+    trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
+    bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
+    said = sys.stderr if arguments.events == "-" else sys.stdout
+    with ExitStack() as stack:
+        stop = _stop_on_signals(stack)
+        engine = open_engine(arguments.engine, bundle, trust, stack)
+        if trust:
+            trust.memory.remember(bundle.version, bundle.path)
+        events = EventLog(arguments.events, patient=False)
+        stack.callback(events.close)
+        offset_ms, buffer_ms = arguments.playout_offset_ms, arguments.jitter_buffer_ms
+        companion = Companion(bundle.config, bundle.name, engine, events, arguments.seed, offset_ms, buffer_ms)
+        server = Server(companion, arguments.host, arguments.port, token)
+        stack.callback(server.close)
+        server.start()
+        key = "none is needed" if token is None else token
+        print(f"a page to talk to:  {server.address}/{'' if token is None else '#' + token}", file=said)
+        print(f"for OpenAI clients: base URL {server.address}/v1, API key: {key}", file=said, flush=True)
+        if arguments.host not in LOOPBACK:
+            warning = (
+                "sound, pictures and the key travel unencrypted; browsers lend microphone and camera to https and to this machine only"
+            )
+            print(f"copresence: --host {arguments.host}: {warning}. Put a proxy with TLS before it, or use ssh -L", file=sys.stderr)
+        for notice in _notices(bundle):
+            events.put(notice)
+        if not arguments.no_priority:
+            privileges = stack.enter_context(RealTime())
+            events.put(privileges.event)
+            if advice := privileges.advice():
+                print(f"copresence: {advice}", file=sys.stderr)
+        companion.keep_company(_header(bundle, arguments), stop)
+    if events.fault:
+        print(f"copresence: --events is incomplete: {events.fault}; free space or name another place", file=sys.stderr)
+    return WRITE_ERROR if events.fault else 0
 
 
 def open_engine(folder: Path | None, bundle: Bundle, trust: Trust | None, stack: ExitStack) -> Engine:

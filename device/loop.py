@@ -44,11 +44,13 @@ class Actuator(Protocol):
 
 
 class Events(Protocol):
-    """Where events go; `put` never waits in real time."""
+    """Where the loop tells what happens; `dropped` counts what got lost there."""
 
-    dropped: int
+    @property
+    def dropped(self) -> int: ...
 
-    def put(self, event: dict[str, Any], /) -> None: ...
+    def put(self, event: dict[str, Any], /) -> None:
+        """Never waits in real time."""
 
 
 class Watcher(Protocol):

@@ -80,7 +80,7 @@ def make_scene(folder: Path) -> list[Cue]:
     cues = []
     sound = NOISE_RMS * rng.standard_normal(int(LENGTH_S * RATE_HZ)).astype(np.float32)
     for start_s, voice, speed, pitch, text, expected, within_s in _SPEECH:
-        word = _trim(speak(text, voice, speed, pitch))
+        word = trimmed(speak(text, voice, speed, pitch))
         word *= SPEECH_RMS / np.sqrt(np.mean(word**2))
         first = int(start_s * RATE_HZ)
         sound[first : first + len(word)] += word
@@ -99,7 +99,7 @@ def make_scene(folder: Path) -> list[Cue]:
     return cues
 
 
-def _trim(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+def trimmed(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     return samples[loud[0] : loud[-1] + 1].copy()
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from device.config import ModelConfig
+from device.dmel import hann, level_thresholds, mel_filters
 from device.tensors import Tensor, layer_tokens, layer_window, tensor_table
 from export import voice_tables as voice
 from export.constants import CLIP_MEAN, CLIP_STD, HMLP_FOLDS, MASKED, NORM_EPS, modality_bias
-from export.filters import hann, level_thresholds, mel_filters, split_dft
+from export.filters import split_dft
 
 OPSET = 17  # what every supported TensorRT parser reads; 19 is the ceiling
 IR_VERSION = 8

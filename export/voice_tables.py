@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from export.filters import hz_to_mel, mel_to_hz
+from device.dmel import hz_to_mel, mel_to_hz
 
 RATE_HZ = 16000
 HOP_SAMPLES = 200  # one mel frame, 12.5 ms

@@ -6,9 +6,11 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +24,7 @@ PATIENCE_S = 120  # the machine is shared, and Chromium's first start reads 300 
 class Browser:
     """One tab. `complaints` are console messages, exceptions and failed loads; `requests` every address that was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         program = shutil.which("chromium") or shutil.which("google-chrome")
         if program is None:
             pytest.skip("no Chromium; run: make setup")
@@ -31,10 +33,10 @@ class Browser:
         self._from, to_write = os.pipe()
         # It reads commands from descriptor 3 and writes answers to 4, each a JSON text that ends with a zero byte.
         wiring = f'exec 3<&{to_read} 4>&{to_write}; exec "$@"'
-        options = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "--no-sandbox", "--disable-gpu"]
-        options += ["--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "about:blank"]
+        begin = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "--no-sandbox", "--disable-gpu"]
+        begin += ["--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", *options, "about:blank"]
         self._process = subprocess.Popen(
-            ["bash", "-c", wiring, "bash", program, *options], pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL
+            ["bash", "-c", wiring, "bash", program, *begin], pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL
         )
         os.close(to_read)
         os.close(to_write)
@@ -48,19 +50,42 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
-    def open(self, page: Path, width: int, dark: bool = False, script: bool = True) -> None:
-        """Show the page on a screen so many CSS pixels wide, and wait until it has loaded."""
+    def open(self, page: Path | str, width: int, dark: bool = False, script: bool = True, calm: bool = False) -> None:
+        """Show a file, or an address, on a screen so many CSS pixels wide, and wait until it has loaded; `calm`: with little motion."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=2, mobile=width < 600)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce" if calm else "no-preference"}
+        self.send("Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in wishes.items()])
         self.send("Emulation.setScriptExecutionDisabled", value=not script)
-        self.complaints, self.requests, self._loaded = [], [], False
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        for address in ("about:blank", page if isinstance(page, str) else page.resolve().as_uri()):  # going to where one is loads nothing
+            self.complaints, self.requests, self._loaded = [], [], False
+            self.send("Page.navigate", url=address)
+            while not self._loaded:
+                self._listen()
+
+    def reload(self) -> None:
+        """As a person does, and wait until it has loaded."""
+        self._loaded = False
+        self.send("Page.reload")
         while not self._loaded:
             self._listen()
 
+    def press(self, selector: str) -> None:
+        """Click, as somebody's own gesture."""
+        self.send("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)}).click()", userGesture=True)
+
+    def until(self, expression: str, patience_s: float = PATIENCE_S) -> Any:
+        """Wait until a JavaScript expression is true, and return what it is."""
+        deadline = time.monotonic() + patience_s
+        while not (found := self.value(expression)):
+            assert time.monotonic() < deadline, f"{expression} did not become true; the page shows: {self.value('document.body.innerText')}"
+            time.sleep(0.2)
+        return found
+
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression is in the page."""
-        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        """What a JavaScript expression is in the page; None if it is undefined."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def picture(self, file: Path) -> None:
         """The whole page as PNG."""
@@ -78,6 +103,7 @@ class Browser:
 
     def _listen(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._answers], [], [], PATIENCE_S)[0], "Chromium does not answer"
             block = self._answers.read(1 << 16)
             assert block, "Chromium went away"
             self._buffer += block
@@ -107,6 +133,6 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser() -> Iterator[Browser]:
-    with Browser() as found:
+def browser(*options: str) -> Iterator[Browser]:
+    with Browser(*options) as found:
         yield found

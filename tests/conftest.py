@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.build import build
 from export.distill.clips import COMMANDS, RATE_HZ, Clip
 from export.distill.corpus import Corpus, Voices
 from export.hands import draw_hand
@@ -57,6 +58,14 @@ def corpus() -> Corpus:
     words = {word: [tone(word, 200.0 + 100 * i)] for i, word in enumerate(COMMANDS)}
     hands = {digit: [(draw_hand(digit, rng), "nobody")] for digit in range(10)}
     return Corpus(Voices(words, [tone("bed", 1500.0)]), [], hands)
+
+
+@pytest.fixture(scope="session")
+def companion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoint that ships."""
+    path = tmp_path_factory.mktemp("bundles") / "companion-nano"
+    build(REPOSITORY / "export" / "checkpoints" / "companion-nano", path)
+    return path
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import soundfile
 
 from device.cli import main as run
-from export.build import build
 from export.demo import EVENTS, OUT_WAV, RATE_HZ, SCENE_VIDEO, SCENE_WAV, TEXT, make_scene, read_events, report, write_hands
 from export.distill.behaviours import WORDS
 
@@ -18,10 +17,8 @@ SHOWN_S, PERIOD_S = 1.5, 2.5
 
 
 @pytest.fixture(scope="module")
-def bundle(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "companion-nano"
-    build(repository / "export" / "checkpoints" / "companion-nano", path)
-    return path
+def bundle(companion_bundle: Path) -> Path:
+    return companion_bundle
 
 
 def companion(bundle: Path, folder: Path, mic: str, text: tuple[str, ...] = ()) -> None:

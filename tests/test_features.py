@@ -51,7 +51,7 @@ def inkling() -> Inkling:
 
 def near_a_border(front_end: FrontEnd, samples: np.ndarray, where: np.ndarray) -> bool:
     """Whether each value at `where` (frame, channel) lies within float32 rounding of a level's border, by float64 arithmetic."""
-    from export.filters import hann, level_thresholds, mel_filters
+    from device.dmel import hann, level_thresholds, mel_filters
 
     padded = np.concatenate([np.zeros(WINDOW - HOP), samples, np.zeros(-len(samples) % HOP)])
     views = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]
@@ -146,3 +146,16 @@ def test_what_is_no_sound_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["features", str(tmp_path / "nothing.wav"), "--out", str(tmp_path / "levels.npy")]) == 2
     assert "nothing.wav: no such file" in capsys.readouterr().err
     assert not (tmp_path / "levels.npy").exists()
+
+
+def test_the_levels_to_look_at_are_those_of_the_graph() -> None:
+    """Of noise of many loudnesses, to float32 rounding at the borders of levels."""
+    from device.dmel import DMel
+
+    front_end = FrontEnd()
+    rng = np.random.default_rng(5)
+    samples = (rng.standard_normal(RATE_HZ * 4) * np.repeat(10.0 ** rng.uniform(-4, 0, 80), HOP)).astype(np.float32)
+    levels = DMel(front_end.config.audio).levels(np.concatenate([np.zeros(WINDOW - HOP, np.float32), samples]))
+    differ = levels != front_end.levels(samples)
+    assert np.unique(levels).size >= 8
+    assert differ.mean() < 1e-3 and (not differ.any() or near_a_border(front_end, samples, differ))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from device.config import AudioConfig, ModelConfig, VideoConfig
+from device.dmel import hann, level_thresholds, mel_filters
 from device.tensors import layer_tokens
 from export.constants import CLIP_MEAN, CLIP_STD, HMLP_FOLDS, MASKED, NORM_EPS, modality_bias
 from export.distill.voice import State, Vocoder
-from export.filters import hann, level_thresholds, mel_filters
 
 
 class RMSNorm(nn.Module):

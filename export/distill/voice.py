@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from device.dmel import mel_filters
 from export import voice_tables as tables
-from export.filters import mel_filters
 from export.spoken_words import recite, render_words
 from export.voice_tables import DELAY_SAMPLES, HOP_SAMPLES, MEL_CHANNELS, MEL_MEAN, MEL_STD, RATE_HZ, SILENCE
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from device.config import ModelConfig
+from device.dmel import hann, mel_filters
 from device.engine import Buffers, Engine, HostMemory, Memory, allocate
 from device.tensors import tensor_table
-from export.filters import hann, mel_filters
 from export.scoreboard.play import AUDIBLE
 
 KEPT = ("say", "act", "say_prob", "act_prob", "speech")
