@@ -1,4 +1,4 @@
-"""The command line of the board: `copresence run`."""
+"""The command line of the board: `copresence run`, and what a field engineer asks (device/field/)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
+from device.field import settings
+from device.field.settings import SETTINGS_FILE, Settings, SettingsError
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
 from device.realtime import RealTime
@@ -49,6 +51,7 @@ class UsageError(ValueError):
 # Anything else is a defect and keeps its traceback.
 USER_ERRORS = (
     UsageError,
+    SettingsError,
     BundleError,
     KeyFileError,
     VersionMemoryError,
@@ -65,15 +68,20 @@ USER_ERRORS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program `copresence`; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser, run = _parser()
     try:
-        return _run(arguments)
+        arguments = parser.parse_args(argv)
+        if arguments.command == "run" and arguments.config is not None:
+            run.set_defaults(**Settings.read(arguments.config).arguments())
+            arguments = parser.parse_args(argv)  # what stands on the command line wins
+        return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
         print(f"copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole, and the part that is `run`."""
     parser = argparse.ArgumentParser(prog="copresence", description="Runs an interaction model: one engine launch per tick.")
     parser.add_argument("--version", action="version", version=f"copresence {copresence_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -82,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         help="run a bundle on microphone and camera",
         description="Runs a bundle until the microphone file (or, without one, the camera file) ends, or Ctrl-C.",
     )
-    run.add_argument("--bundle", required=True, help="a bundle made by 'copresence-export build'")
+    run.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"take the options from it, as on a board ({SETTINGS_FILE}); those given here win"
+    )
+    run.add_argument("--bundle", help="a bundle made by 'copresence-export build'")
     run.add_argument(
         "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
     )
@@ -130,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
     run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
     run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
-    return parser
+    run.set_defaults(command_function=_run)
+    settings.add_command(commands)
+    return parser, run
 
 
 def _natural(text: str) -> int:
@@ -140,6 +153,8 @@ def _natural(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.bundle is None:
+        raise UsageError("there is no bundle to run; give --bundle, or --config")
     trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
     bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
     config, realtime = bundle.config, arguments.clock == "realtime"
