@@ -48,8 +48,8 @@ SYSTEM_FILES = {
     "copresence-rollback.service": Path("/etc/systemd/system/copresence-rollback.service"),
     "sysusers.conf": Path("/etc/sysusers.d/copresence.conf"),
     "udev.rules": Path("/etc/udev/rules.d/60-copresence.rules"),
-    "journald.conf": Path("/etc/systemd/journald.conf.d/copresence.conf"),
-    "watchdog.conf": Path("/etc/systemd/system.conf.d/copresence.conf"),
+    "journald.conf": Path("/etc/systemd/journald.conf.d/60-copresence.conf"),
+    "watchdog.conf": Path("/etc/systemd/system.conf.d/60-copresence.conf"),
     "copresence.toml": Path("/etc/copresence/copresence.toml"),
 }
 CONFIGURATION = "copresence.toml"
@@ -146,7 +146,7 @@ def room(needed: int) -> dict[str, Any]:
             f"{ROOT}: has {free >> 20} MB free, and the release needs {needed >> 20} MB with {SPARE_BYTES >> 20} MB to spare; free space "
             "there, for instance with 'journalctl --vacuum-size=50M'"
         )
-    return {"free_bytes": free, "removed": removed}
+    return {"free_bytes": free, "removed": removed, "changed": bool(removed)}
 
 
 def check(incoming: Path) -> dict[str, Any]:
@@ -279,14 +279,14 @@ def _differs(name: str, release: dict[str, Any]) -> str:
 
 
 def _start(files: list[str]) -> None:
-    """Let the system take notice of new files, and start the current release anew without waiting for it."""
-    if "sysusers.conf" in files:
-        subprocess.run(["systemd-sysusers"], check=True)
-    if "udev.rules" in files:
-        subprocess.run(["udevadm", "control", "--reload"], check=False)  # a container has no udev
+    """Let the system take notice of its files, and start the current release anew without waiting for it."""
+    # All of it every time but for what disturbs others: a flash that was cut off here is done again, and finds its files in place.
+    subprocess.run(["systemd-sysusers"], check=True, stdout=sys.stderr)
+    if shutil.which("udevadm"):  # a container has no udev
+        subprocess.run(["udevadm", "control", "--reload"], check=False)
     if "journald.conf" in files:
         subprocess.run(["systemctl", "restart", "systemd-journald"], check=True)
-    # Also reads the file of the SoC's watchdog.
+    # The SoC's watchdog is set when systemd itself starts.
     subprocess.run(["systemctl", "daemon-reexec" if "watchdog.conf" in files else "daemon-reload"], check=True)
     subprocess.run(["systemctl", "enable", "--quiet", UNIT], check=True)
     subprocess.run(["systemctl", "reset-failed", UNIT, "copresence-engine.service"], check=False, capture_output=True)
@@ -500,7 +500,7 @@ def _name_of(link: str) -> str:
 
 
 def _free_bytes() -> int:
-    return shutil.disk_usage(ROOT).free
+    return shutil.disk_usage(next(path for path in (ROOT, *ROOT.parents) if path.exists())).free
 
 
 def _read(path: Path, limit: int) -> bytes:
