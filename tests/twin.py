@@ -83,6 +83,7 @@ class Twin:
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, str(self.root)], check=True)
         self.write("etc/systemd/network/10-host0.network", f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\n")
         self.write("etc/hostname", f"{self.name}\n")
+        self.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")  # sudo looks it up
 
     def delete(self) -> None:
         """Stop it and forget it."""
@@ -94,12 +95,22 @@ class Twin:
     def start(self) -> None:
         """Power on; returns when ssh answers. Raises NoTwin."""
         _network()
-        command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", f"--machine={self.name}", f"--directory={self.root}"]
+        command = [
+            "systemd-nspawn",
+            "--quiet",
+            "--boot",
+            "--register=no",
+            "--keep-unit",
+            f"--machine={self.name}",
+            f"--directory={self.root}",
+        ]
         command += [f"--network-bridge={BRIDGE}", "--link-journal=no", "--resolv-conf=off", "--timezone=off", "--console=pipe"]
         command += ["--setenv=SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"]
         environment = {**os.environ, "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE": "1"}
         with (self.folder / "console.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         process = self._process
 
         def answers() -> bool:
@@ -203,7 +214,15 @@ def base_root() -> Path:
     if not (root / "usr" / "bin" / "python3").exists() or (packages.exists() and packages.read_text() != repr(PACKAGES)):
         shutil.rmtree(root, ignore_errors=True)
         fast = ["eatmydata"] if shutil.which("eatmydata") else []  # a root that a power cut spoils is made again
-        command = [*fast, "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), "http://deb.debian.org/debian"]
+        command = [
+            *fast,
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(PACKAGES)}",
+            SUITE,
+            str(root),
+            "http://deb.debian.org/debian",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             raise NoTwin(f"debootstrap failed: {' / '.join((done.stdout + done.stderr).splitlines()[-3:])}")
@@ -216,7 +235,8 @@ def base_root() -> Path:
     script = (
         "id field >/dev/null 2>&1 || useradd --create-home --shell /bin/sh --groups adm,systemd-journal field; "
         "id twin-sound >/dev/null 2>&1 || useradd --system --groups audio twin-sound; "
-        "ssh-keygen -A; systemctl enable -q systemd-networkd ssh twin-sound; systemctl mask -q systemd-resolved systemd-timesyncd getty.target "
+        "ssh-keygen -A; systemctl enable -q systemd-networkd ssh twin-sound; "
+        "systemctl mask -q systemd-resolved systemd-timesyncd getty.target "
         "console-getty.service apt-daily.timer apt-daily-upgrade.timer; install -d -m 700 -o field -g field /home/field/.ssh"
     )
     done = subprocess.run(["chroot", str(root), "sh", "-c", script], capture_output=True, text=True)
@@ -259,7 +279,9 @@ def main(arguments: list[str]) -> int:
     """Run a twin until Ctrl-C."""
     try:
         with running() as twin:
-            print(f"{twin.name} runs at {twin.address}. In another terminal:\n  export PATH={ssh_wrapper().parent}:$PATH\n  make flash HOST=twin")
+            print(
+                f"{twin.name} runs at {twin.address}. In another terminal:\n  export PATH={ssh_wrapper().parent}:$PATH\n  make flash HOST=twin"
+            )
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
     except NoTwin as error:
         print(f"no twin: {error}", file=sys.stderr)
