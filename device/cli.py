@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import os
 import platform
 import signal
 import sys
@@ -24,10 +25,14 @@ from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
-from device.field import settings
+from device.field import board, settings
+from device.field.journal import Journal
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError
+from device.field.statistics import Senses, Statistics, bridge_state, calls_back
+from device.field.watch import Watch
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.notify import Notifier
 from device.realtime import RealTime
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
@@ -76,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(argv)  # what stands on the command line wins
         return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
-        print(f"copresence: {error}", file=sys.stderr)
+        # Under systemd the journal shows it as what it is.
+        print(f"{'<3>' if 'JOURNAL_STREAM' in os.environ else ''}copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -105,7 +111,12 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
-    run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
+    run.add_argument(
+        "--events",
+        metavar="FILE",
+        help="JSON lines, one a tick; '-' is standard output; 'journal': for systemd's, statistics once a second",
+    )
+    run.add_argument("--metrics-file", type=Path, metavar="FILE", help="Prometheus metrics, renewed every 15 s; with --events journal")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
     run.add_argument(
         "--master", choices=MASTERS, help="whose clock the ticks follow (default: audio with a live microphone or speaker, otherwise soc)"
@@ -178,15 +189,37 @@ def _run(arguments: argparse.Namespace) -> int:
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
         stack.callback(camera.close)
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
-        events = EventLog(arguments.events, patient=not realtime)
-        offset_samples = arguments.playout_offset_ms * rate_hz // 1000
+        line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000)
         actuator = _open_bridge(arguments.bridge, stack)
+        steering = _steer(arguments.master, tick_ns, ticker, source, playout, actuator)
+        header, senses = _header(bundle, arguments), None
+        events: EventLog | Journal
+        if arguments.events == "journal":
+            senses = Senses(config, line)
+            statistics = Statistics(
+                config.tick_ms,
+                senses,
+                counts=line.counts,
+                clock=steering.summary,
+                bridge=lambda: bridge_state(actuator),
+                alive=lambda: {
+                    "microphone": calls_back(source),
+                    "speaker": calls_back(playout),
+                    "engine": board.verified(bundle.digest),
+                },
+            )
+            events = Journal(statistics, header, lambda: _firmware(actuator), arguments.metrics_file)
+        else:
+            events = EventLog(arguments.events, patient=not realtime)
+        notifier = Notifier()
+        stack.callback(notifier.close)
+        rolled_back = board.read_json(board.ROLLED_BACK)
         loop = Loop(
             config=config,
             session=session,
             ticker=ticker,
-            steering=_steer(arguments.master, tick_ns, ticker, source, playout, actuator),
-            line=Line(config, source, playout, offset_samples),
+            steering=steering,
+            line=line,
             camera=camera,
             text=text,
             actuator=actuator,
@@ -194,15 +227,21 @@ def _run(arguments: argparse.Namespace) -> int:
             recording=recording,
             seconds=arguments.seconds,
             stop=stop,
+            watcher=Watch(notifier, senses, actuator if rolled_back else None),
         )
         try:
             notices = _notices(bundle)
+            if rolled_back:
+                notices.append({"event": "runs_after_rollback", **rolled_back})
             if realtime and not arguments.no_priority:
                 privileges = stack.enter_context(RealTime())
                 notices.append(privileges.event)
                 if advice := privileges.advice():
                     print(f"copresence: {advice}", file=sys.stderr)
-            summary = loop.run(_header(bundle, arguments), *notices)
+            summary = loop.run(header, *notices)
+        except BaseException as error:
+            events.put({"event": "crash", "error": type(error).__name__, "reason": str(error)})
+            raise
         finally:
             events.close()
             if calibration is not None:
@@ -303,7 +342,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.camera == "live":
         raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
-    named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice != "-"]
+    named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice not in ("-", "journal")]
     read = [Path(choice).resolve() for choice in inputs if _is_file(choice)]
     if len({*named}) < len(named) or {*named} & {*read}:
         raise UsageError("--speaker or --events would overwrite another file of this run; give it a name of its own")
@@ -363,13 +402,19 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _firmware(actuator: Actuator) -> dict[str, str]:
+    """Build and dictionary of the microcontroller that answers; empty where none does."""
+    identity = actuator.identity if isinstance(actuator, Bridge) else None
+    return {} if identity is None else {"firmware": f"{identity.build:08x}", "dictionary": f"{identity.dictionary:08x}"}
+
+
 def _notices(bundle: Bundle) -> list[dict[str, Any]]:
     """What the log must say of a bundle beyond the header."""
     return [{"event": "unproven", "bundle_sha256": bundle.digest, "reason": bundle.unproven}] if bundle.unproven else []
 
 
 def _report(arguments: argparse.Namespace, summary: dict[str, Any], faults: list[tuple[str, str | None]]) -> int:
-    if arguments.events != "-":
+    if arguments.events not in ("-", "journal"):
         engine = summary["engine_ms"]
         print(
             f"{summary['ticks']} ticks, {summary['gap_ticks']} lost; engine {engine['p50']} ms (p99 {engine['p99']}); "

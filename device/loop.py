@@ -16,7 +16,7 @@ import numpy as np
 from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
-from device.events import EventLog, Recording
+from device.events import Recording
 from device.realtime import SlackCollector
 from device.session import Decision, Session
 from device.steering import Steering
@@ -36,6 +36,21 @@ class Actuator(Protocol):
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened since the last call; `at_ns`, where there is one, is CLOCK_MONOTONIC."""
+
+
+class Events(Protocol):
+    """Where events go; `put` never waits in real time."""
+
+    dropped: int
+
+    def put(self, event: dict[str, Any], /) -> None: ...
+
+
+class Watcher(Protocol):
+    """Who wants to know of every tick. None of its calls waits."""
+
+    def ticked(self, edge: Edge, decision: Decision, frames: Frames, late_samples: int) -> None:
+        """A tick has been completed. Called by the loop alone: when it stalls, the watcher gets to know."""
 
 
 class NoActuator:
@@ -96,10 +111,11 @@ class Loop:
     camera: Camera
     text: TextQueue
     actuator: Actuator
-    events: EventLog
+    events: Events
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
+    watcher: Watcher | None = None
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -125,6 +141,8 @@ class Loop:
                 self._act(decision)
                 self._record(edge, decision, frame_age_s, late_samples)
                 self.actuator.heartbeat()
+                if self.watcher is not None:
+                    self.watcher.ticked(edge, decision, frames, late_samples)
                 garbage.after_tick((edge.tick + 2) * self.config.tick_ms * 1_000_000 - self.ticker.now_ns())
         return self._summary()
 

@@ -12,13 +12,25 @@ from device.bundle import BundleError, copresence_version
 from device.calibration import CalibrationError
 from device.config import ConfigError
 from device.engine import EngineError
-from device.signature import KeyFileError
+from device.field.settings import SETTINGS_FILE, Settings, SettingsError
+from device.signature import KeyFileError, VersionMemoryError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
 from export.quantize import PRECISIONS
 
 # Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ExportError, BundleError, CalibrationError, KeyFileError, ConfigError, EngineError, TensorMismatch, OSError)
+USER_ERRORS = (
+    ExportError,
+    BundleError,
+    CalibrationError,
+    KeyFileError,
+    VersionMemoryError,
+    SettingsError,
+    ConfigError,
+    EngineError,
+    TensorMismatch,
+    OSError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--target", required=True, metavar="NAME", help="board, as in export/targets.toml")
     compile_.add_argument("--out", type=Path, metavar="FOLDER", help="default: BUNDLE.NAME.engine; an older engine there stays until then")
     compile_.set_defaults(run=_compile)
+
+    prepare = commands.add_parser(
+        "prepare", help="on a board, before the companion starts: build its engine, or check the one that is there"
+    )
+    prepare.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help=f"default: {SETTINGS_FILE}")
+    prepare.set_defaults(run=_prepare)
 
     show = commands.add_parser("show", help="print a bundle readably, after checking it")
     show.add_argument("bundle", type=Path)
@@ -216,6 +234,12 @@ def _compile(a: argparse.Namespace) -> None:
 
     engine = compile_engine(a.bundle, a.target, a.out)
     print(f"\n{engine}: compiled; run it with: copresence run --bundle {a.bundle} --engine {engine}")
+
+
+def _prepare(a: argparse.Namespace) -> None:
+    from export.prepare import prepare
+
+    prepare(Settings.read(a.config), lambda text: print(text, flush=True))
 
 
 def _show(a: argparse.Namespace) -> None:

@@ -32,12 +32,18 @@ BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int8-weights": 16, "int4-weights": 1
 _WIDTHS = ((4, r"int4|fp4"), (8, r"int8|fp8"), (16, r"fp16|half|bf16|bfloat16"), (32, r"fp32|float|int32"))
 
 
-def compile_engine(path: Path, target_name: str, out: Path | None = None, show: Callable[[str, int, int], None] = show_bar) -> Path:
+def compile_engine(
+    path: Path,
+    target_name: str,
+    out: Path | None = None,
+    show: Callable[[str, int, int], None] = show_bar,
+    trust: Trust | None = None,
+) -> Path:
     """The engine folder; an engine that was there stays until the new one has proven itself.
 
     Raises CompileError, TargetError, BundleError or EngineError.
     """
-    bundle = Bundle.open(path, Trust.of_machine())  # a board with keys compiles what it would run, and nothing else
+    bundle = Bundle.open(path, trust or Trust.of_machine())  # a board with keys compiles what it would run, and nothing else
     target, precision = find_target(target_name), str(bundle.manifest.get("quantized", {}).get("precision", "fp32"))
     target.require(precision)
     out = out or path.with_name(f"{path.name}.{target.name}.engine")

@@ -102,6 +102,11 @@ MOTIONS: dict[str, tuple[Step, ...]] = {
     "LOOK_RIGHT": ((0, "PAN", "HOLD", -4500), (0, "TILT", "HOLD", 0)),
     "LIGHT_ON": ((0, "RED", "HOLD", 900), (0, "GREEN", "HOLD", 700), (0, "BLUE", "HOLD", 450)),
     "LIGHT_OFF": ((0, "RED", "HOLD", 0), (0, "GREEN", "HOLD", 0), (0, "BLUE", "HOLD", 0)),
+    # Red twice, then dark, whether the light was on or off; 450 ms because a light needs 400 from dark to bright.
+    "ALERT": (
+        *((0, axis, "HOLD", 0) for axis in ("GREEN", "BLUE")),
+        *((at, "RED", "HOLD", value) for at, value in ((0, 1000), (450, 0), (900, 1000), (1350, 0))),
+    ),
 }
 
 # Settings of the body: name → (default, lowest, highest, meaning). They live in RAM; the host sends them again after a reset.

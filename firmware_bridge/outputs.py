@@ -14,4 +14,5 @@ ACTS: dict[str, str | None] = {
     "light_off": "LIGHT_OFF",
     "yield": None,  # falls silent
     "ask": None,  # asks for more thought
+    "alert": "ALERT",  # the host's own: the board runs the release before
 }

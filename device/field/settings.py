@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,12 +126,21 @@ class Settings:
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
+    def engine_folder(self) -> Path | None:
+        """Of the TensorRT engine; None where ONNX Runtime runs the bundle."""
+        backend = self["engine.backend"]
+        if backend == "auto":
+            backend = "tensorrt" if importlib.util.find_spec("tensorrt") else "onnxruntime"
+        return Path(self["engine.folder"]) if backend == "tensorrt" else None
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of `copresence run` that the keys stand for, by the name of the attribute."""
         found: dict[str, Any] = {row.option: self._values[row.name] for row in SETTINGS if row.option}
         found["no_priority"] = not found.pop("priority")
         found["master"] = None if found["master"] == "auto" else found["master"]
         found["keys"] = found["keys"] or None
+        found["engine"] = self.engine_folder()
+        found["metrics_file"] = Path(found["metrics_file"]) if found["metrics_file"] else None
         return found
 
 
@@ -147,7 +156,7 @@ def example() -> str:
         lines.append(f"\n[{section}] # {doc}\n")
         for row in SETTINGS:
             if row.name.split(".")[0] == section:
-                lines += [f"# {line}\n" for line in textwrap.wrap(f"{row.doc} {_limits(row)}".rstrip(), 118)]
+                lines += [f"# {line}\n" for line in (row.doc, _limits(row)) if line]
                 lines.append(f"{row.name.split('.')[1]} = {_toml(row.default)}\n")
     return "".join(lines)
 
@@ -188,7 +197,7 @@ def _chosen(name: str) -> list[Setting]:
 
 def _explain(row: Setting) -> str:
     wanted = row.wanted[0].upper() + row.wanted[1:]
-    return f"{row.name} = {_toml(row.default)}\n" + textwrap.indent("\n".join(textwrap.wrap(f"{row.doc} {wanted}.", 110)), "    ")
+    return f"{row.name} = {_toml(row.default)}\n    {row.doc}\n    {wanted}."
 
 
 def _examine(path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -250,7 +259,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 def _limits(row: Setting) -> str:
     """What the default does not show of what is allowed."""
-    return f"({row.wanted})" if row.choices or type(row.default) is int else ""
+    return f"{row.wanted[0].upper()}{row.wanted[1:]}." if row.choices or type(row.default) is int else ""
 
 
 def _toml(value: str | int | bool) -> str:
