@@ -277,15 +277,18 @@ def running(name: str = "twin", number: int = 10) -> Iterator[Twin]:
 
 def main(arguments: list[str]) -> int:
     """Run a twin until Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with running() as twin:
-            print(
-                f"{twin.name} runs at {twin.address}. In another terminal:\n  export PATH={ssh_wrapper().parent}:$PATH\n  make flash HOST=twin"
-            )
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            print(f"{twin.name} runs at {twin.address}. In another terminal:")
+            print(f"  export PATH={ssh_wrapper().parent}:$PATH")
+            print(f"  make flash HOST={twin.name}")
+            signal.pause()
     except NoTwin as error:
         print(f"no twin: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        pass
     return 0
 
 

@@ -193,20 +193,21 @@ def install(incoming: Path) -> dict[str, Any]:
 
 
 def firmware(name: str) -> dict[str, Any]:
-    """Bring the firmware of release `name` onto the microcontroller if another one runs there; raises ReleaseError.
+    """Bring the firmware of release `name` onto the microcontroller if another one is there; raises ReleaseError.
 
-    The companion is stopped for it, since two cannot talk over one line; `activate` starts it again.
+    The release's own flasher asks the chip and compares. The companion is stopped for it, since two cannot talk over one line, and
+    `activate` starts it again; where it runs and says that the firmware is this one already, it is left alone.
     """
     target = ROOT / "releases" / name
-    wanted, status = _release(name)["firmware_build"], _status()
-    if wanted is None or status.get("firmware_build") in (None, wanted):
-        return {"changed": False, "running": status.get("firmware_build")}
-    subprocess.run(["systemctl", "stop", UNIT], check=True)
-    command = [str(target / "venv" / "bin" / "copresence-bridge"), "flash", str(target / FIRMWARE), "--port", status["bridge"]]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise ReleaseError(f"the microcontroller was not flashed: {done.stderr.strip()}")
-    return {"changed": True, "running": wanted}
+    build = _release(name)["firmware_build"]
+    port = _in_release(target, ["-c", _BRIDGE_PORT, str(SYSTEM_FILES[CONFIGURATION])]).strip() if build is not None else "none"
+    if port == "none" or _status().get("versions", {}).get("firmware") == f"{build:08x}":
+        return {"changed": False}
+    subprocess.run(["systemctl", "stop", UNIT], check=False)
+    said = _in_release(
+        target, ["-m", "firmware_bridge.cli", "flash", str(target / FIRMWARE), *([] if port == "auto" else ["--port", port])]
+    )
+    return {"changed": "nothing to do" not in said, "said": said.splitlines()}
 
 
 def activate(name: str) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def back(name: str) -> dict[str, Any]:
     target = _name_of("good") or name
     if not target:  # a board's first release, which does not run: there is nothing else
         return {"current": _name_of("current"), "changed": False}
+    firmware(target)
     return activate(target)
 
 
@@ -271,11 +273,11 @@ def _differs(name: str, release: dict[str, Any]) -> str:
         return f"{UNIT} is {unit['state']}"
     if time.monotonic_ns() - int(status.get("at_ns", 0)) > STALE_NS:
         return "it says nothing of itself"
-    wanted = {"release": name, "copresence": release["version"], "bundle_sha256": release["bundle_sha256"], "pid": unit["pid"]}
-    if status.get("firmware_build") is not None and release["firmware_build"] is not None:
-        wanted["firmware_build"] = release["firmware_build"]
-    faults = [f"its {field} is {status.get(field)} and not {value}" for field, value in wanted.items() if status.get(field) != value]
-    return ", ".join(faults)
+    said = {"pid": status.get("pid"), **status.get("versions", {})}
+    wanted = {"pid": unit["pid"], "release": name, "copresence": release["version"], "bundle_sha256": release["bundle_sha256"]}
+    if "firmware" in said and release["firmware_build"] is not None:
+        wanted["firmware"] = f"{release['firmware_build']:08x}"
+    return ", ".join(f"its {field} is {said.get(field)} and not {value}" for field, value in wanted.items() if said.get(field) != value)
 
 
 def _start(files: list[str]) -> None:
@@ -411,22 +413,37 @@ def _make_venv(target: Path, wheels: Path, release: dict[str, Any]) -> None:
     """An environment of the release's own, from its wheels alone; raises ReleaseError with the end of what pip said."""
     # pip comes along as a wheel: Debian's and Ubuntu's Python have none without python3-venv.
     pip = next(wheels.glob("pip-*.whl")) / "pip"
-    python = target / "venv" / "bin" / "python3"
     packages = f"copresence[{release['extra']}]=={release['version']}"
-    environment = {**os.environ, "PATH": f"/usr/local/cuda/bin:{os.environ.get('PATH', '')}", "PYTHONDONTWRITEBYTECODE": "1"}
-    for command in (
-        [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", str(target / "venv")],
-        [str(python), str(pip), "install", "--no-index", "--no-cache-dir", "--find-links", str(wheels), packages],
-        [str(python), "-m", "device.cli", "--version"],  # whatever is missing shows here and not after the switch
-        [str(python), "-c", _CHECK_BUNDLE, str(target / BUNDLE)],
-    ):
-        done = subprocess.run(
-            command, cwd="/", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PIP_TIMEOUT_S
-        )
-        if done.returncode != 0:
-            said = " / ".join([line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-3:])
-            raise ReleaseError(f"{release['name']} cannot be installed ({said}); make the release again")
+    _run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", str(target / "venv")])
+    _in_release(target, [str(pip), "install", "--no-index", "--no-cache-dir", "--find-links", str(wheels), packages])
+    _in_release(target, ["-m", "device.cli", "--version"])  # whatever is missing shows here and not after the switch
+    _in_release(target, ["-c", _CHECK_BUNDLE, str(target / BUNDLE)])
 
+
+def _in_release(target: Path, arguments: list[str]) -> str:
+    """What the Python of a release prints; raises ReleaseError."""
+    return _run([str(target / "venv" / "bin" / "python3"), *arguments])
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints, without a person and away from any sources; raises ReleaseError with the end of what it said."""
+    environment = {**os.environ, "PATH": f"/usr/local/cuda/bin:{os.environ.get('PATH', '')}"}
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PIP_TIMEOUT_S
+    )
+    if done.returncode != 0:
+        said = " / ".join([line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-3:])
+        raise ReleaseError(f"{' '.join(command[1:3])} failed ({said}); make the release again, or mend what it names")
+    return done.stdout
+
+
+# Where the board's microcontroller is, as its configuration says.
+_BRIDGE_PORT = """
+import sys
+from pathlib import Path
+from device.field.settings import Settings
+print(Settings.read(Path(sys.argv[1]))["bridge.port"] if Path(sys.argv[1]).exists() else "none")
+"""
 
 # By the release's own reader, with this board's keys: the bundle is signed by itself, too.
 _CHECK_BUNDLE = """
