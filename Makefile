@@ -15,7 +15,9 @@ DEMO := build/demo
 FIRMWARE = $(MAKE) --no-print-directory -C firmware_bridge/firmware OUT=$(CURDIR)/build/firmware
 CALIBRATION := build/calibration
 QUANTIZED := build/companion-nano-int8
+WHEELS := build/wheelhouse
 RELEASES := build/releases
+SOURCES := $(CURDIR)
 # Signs what boards run. Made at the first flash; whoever has it can change every board that trusts it.
 KEY := $(HOME)/.config/copresence/release.key
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
@@ -23,8 +25,8 @@ DATA := $(or $(COPRESENCE_DATA),../shared/data)
 # One board is its own canary; a fleet waits until each batch has confirmed the release.
 PLAYBOOK = $(if $(HOST)$(INVENTORY),,$(error give HOST=user@board or INVENTORY=fleet.ini)) \
 	ANSIBLE_CONFIG=device/flash/ansible.cfg $(BIN)/ansible-playbook device/flash/flash.yml \
-	-i $(if $(HOST),'$(HOST)$(comma)',$(INVENTORY)) -e repository=$(CURDIR) -e bundle=$(abspath $(BUNDLE)) \
-	-e firmware=$(CURDIR)/build/firmware -e key=$(abspath $(KEY)) -e wheels=$(CURDIR)/build/wheelhouse -e out=$(CURDIR)/$(RELEASES) \
+	-i $(if $(HOST),'$(HOST)$(comma)',$(INVENTORY)) -e repository=$(SOURCES) -e bundle=$(abspath $(BUNDLE)) \
+	-e firmware=$(CURDIR)/build/firmware -e key=$(abspath $(KEY)) -e wheels=$(abspath $(WHEELS)) -e out=$(abspath $(RELEASES)) \
 	-e wait_good=$(if $(HOST),no,yes) $(FLASH_OPTIONS)
 comma := ,
 
@@ -93,7 +95,7 @@ flash-dry: $(VENV)/.flash $(KEY) release-parts ## show what flash would change, 
 .PHONY: wheelhouse
 wheelhouse: $(VENV)/.flash ## collect the wheels that a kind of board installs: TARGET=orin-jp6, orin-jp7, thor or twin
 	$(if $(TARGET),,$(error give TARGET, one of device/flash/targets.toml))
-	$(BIN)/copresence-export wheelhouse --target $(TARGET) --out build/wheelhouse/$(TARGET)
+	$(BIN)/copresence-export wheelhouse --target $(TARGET) --out $(WHEELS)/$(TARGET)
 
 .PHONY: flash-image
 flash-image: ## write the whole disk of a Jetson in recovery mode: TARGET=orin-jp7 BOARD=… L4T=…/Linux_for_Tegra PUBLIC_KEY=~/.ssh/….pub

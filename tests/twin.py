@@ -53,6 +53,8 @@ FILES = {
     # A board's own settings; PULSE_LATENCY_MSEC: without it ALSA's plugin moves two seconds at a time.
     "etc/systemd/system/copresence.service.d/twin.conf": "[Unit]\nAfter=twin-sound.service\n"
     "[Service]\nEnvironment=PULSE_LATENCY_MSEC=20\nEnvironmentFile=-/etc/copresence/twin.env\n",
+    "etc/copresence/copresence.toml": '[camera]\nsource = "/var/lib/twin-camera.mkv"\n'
+    "[audio]\nplayout_offset_ms = 150 # the machine under it has other things to do\n",
     "etc/asound.conf": "".join(f'{kind}.!default {{ type pulse server "unix:/run/twin-sound/socket" }}\n' for kind in ("pcm", "ctl")),
     "etc/sudoers.d/field": "field ALL=(ALL) NOPASSWD: ALL\n",
     "etc/ssh/sshd_config.d/twin.conf": "PasswordAuthentication no\nPermitRootLogin no\nUseDNS no\n",
@@ -81,7 +83,7 @@ class Twin:
             (self.folder / part).mkdir(parents=True)
         layers = f"lowerdir={base},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, str(self.root)], check=True)
-        self.write("etc/systemd/network/10-host0.network", f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\n")
+        self.write("etc/systemd/network/10-host0.network", f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\nIPv6AcceptRA=no\n")
         self.write("etc/hostname", f"{self.name}\n")
         self.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")  # sudo looks it up
 
@@ -227,6 +229,7 @@ def base_root() -> Path:
         if done.returncode != 0:
             raise NoTwin(f"debootstrap failed: {' / '.join((done.stdout + done.stderr).splitlines()[-3:])}")
     packages.write_text(repr(PACKAGES))
+    _camera(root / "var" / "lib" / "twin-camera.mkv")
     for path, text in FILES.items():
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,6 +251,20 @@ def base_root() -> Path:
     os.chown(authorized, owner.st_uid, owner.st_gid)
     ready.write_text(wanted)
     return root
+
+
+def _camera(path: Path) -> None:
+    """Twenty minutes of a slowly changing grey, 5 frames a second."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for k in range(20 * 60 * 5):
+            frame = av.VideoFrame.from_ndarray(np.full((120, 160, 3), 60 + k % 120, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def _network() -> None:
