@@ -25,7 +25,7 @@ from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
-from device.field import board, settings
+from device.field import board, doctor, logs, pull, settings, top
 from device.field.journal import Journal
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError
 from device.field.statistics import Senses, Statistics, bridge_state, calls_back
@@ -57,6 +57,8 @@ class UsageError(ValueError):
 USER_ERRORS = (
     UsageError,
     SettingsError,
+    logs.JournalError,
+    top.TerminalError,
     BundleError,
     KeyFileError,
     VersionMemoryError,
@@ -153,7 +155,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
     run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
     run.set_defaults(command_function=_run)
-    settings.add_command(commands)
+    for module in (settings, doctor, logs, top, pull):
+        module.add_command(commands)
     return parser, run
 
 

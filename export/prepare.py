@@ -123,12 +123,13 @@ def _judge(found: dict[str, Any], bundle: Bundle, engine: str) -> None:
 
 def progress(say: Callable[[str], None], now_s: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
     """TensorRT's progress as lines: each phase when it begins, and where it stands every few seconds."""
-    told = {"phase": "", "at_s": -PROGRESS_S}
+    told_phase, told_s = "", 0.0
 
     def show(phase: str, done: int, steps: int) -> None:
+        nonlocal told_phase, told_s
         at_s = now_s()
-        if phase != told["phase"] or at_s - float(told["at_s"]) >= PROGRESS_S:
-            told.update(phase=phase, at_s=at_s)
+        if phase != told_phase or at_s - told_s >= PROGRESS_S:
+            told_phase, told_s = phase, at_s
             say(f"building: {phase} {done}/{steps}")
 
     return show

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from ticks import SMALL, make_model
 
-from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven
+from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, ChangedFile, Unproven
 from device.engine import OnnxRuntimeEngine
 from device.engine.record import PLAN_NAME, RECORD_NAME, REPORT_NAME, TIMING_CACHE_NAME
 from device.engine.tensorrt import TensorRtEngine
+from device.field.settings import Settings
 from device.signature import Unsigned
 from device.tensors import tensor_table
 from export.cli import main
 from export.compile import QUANTIZATION_NAME, compile_engine
 from export.graph import build_graph
+from export.prepare import PROGRESS_S, PrepareError, prepare, progress
 from export.sign import keygen, sign
 from export.tensorrt_builder import CompileError, find_level
 from export.ticks import TICKS_NAME, store_ticks
@@ -291,3 +293,95 @@ sys.exit(main(["compile", {str(bundle)!r}, "--target", {TARGET!r}]))
     )
     assert run.returncode == 0, run.stderr
     assert "compiled" in run.stdout
+
+
+# --- before the companion starts ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def board(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """A board's configuration, with other values for some keys."""
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
+
+    def settings(**changes: Any) -> Settings:
+        values = {"bundle.path": str(bundle), "bundle.keys": "", "bundle.state": str(tmp_path), "engine.folder": str(tmp_path / "engine")}
+        return Settings({**values, **{name.replace("__", "."): value for name, value in changes.items()}})
+
+    return settings
+
+
+def verified(tmp_path: Path) -> dict[str, Any]:
+    return dict(json.loads((tmp_path / "run" / "verified.json").read_text()))
+
+
+def test_without_tensorrt_the_bundle_is_checked_with_the_cpus_engine(board: Callable[..., Settings], bundle: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    prepare(board(), said.append)
+    found = verified(tmp_path)
+    assert (found["bundle_sha256"], found["engine"]) == (Bundle.open(bundle).digest, "onnxruntime")
+    assert found["agreement"] == {"say": 1.0, "act": 1.0} and 0 < found["p50_ms"] < SMALL.tick_ms
+    assert len(said) == 2
+    prepare(board(), said.append)
+    assert "verified since the boot" in said[2] and len(said) == 3
+
+
+def test_a_bundle_that_does_not_behave_as_stored_leaves_nothing_verified(
+    board: Callable[..., Settings], bundle: Path, tmp_path: Path
+) -> None:
+    prepare(board(), lambda text: None)
+    with np.load(bundle / TICKS_NAME) as arrays:
+        stored = dict(arrays)
+    stored["act"][::2] += 1
+    np.savez(bundle / TICKS_NAME, **stored)
+    write_manifest(bundle)
+    with pytest.raises(PrepareError, match="its 'act' is the one stored in small in"):
+        prepare(board(), lambda text: None)
+    assert not (tmp_path / "run" / "verified.json").exists()
+
+
+def test_a_changed_bundle_is_refused_though_it_was_verified(board: Callable[..., Settings], bundle: Path) -> None:
+    prepare(board(), lambda text: None)
+    graph = bundle / GRAPH_NAME
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(ChangedFile):
+        prepare(board(), lambda text: None)
+
+
+def test_an_engine_is_built_once_and_then_checked(double: Any, board: Callable[..., Settings], tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = board(engine__backend="tensorrt", engine__target=TARGET)
+    prepare(settings, said.append)
+    assert any(text.startswith("building: ") for text in said) and any("built in" in text for text in said)
+    assert verified(tmp_path)["engine"] == str(tmp_path / "engine")
+    (tmp_path / "run" / "verified.json").unlink()  # the next boot
+    built = (tmp_path / "engine" / PLAN_NAME).stat().st_mtime_ns
+    said.clear()
+    prepare(settings, said.append)
+    assert not any(text.startswith("building: ") for text in said)
+    (tmp_path / "run" / "verified.json").unlink()
+    plan = tmp_path / "engine" / PLAN_NAME
+    plan.write_bytes(plan.read_bytes() + b"x")
+    prepare(settings, said.append)
+    assert any("SHA-256 differs" in text for text in said), "why it is built again"
+    assert plan.stat().st_mtime_ns != built and verified(tmp_path)["bundle"] == "small"
+
+
+def test_an_engine_needs_the_name_of_the_board(double: Any, board: Callable[..., Settings]) -> None:
+    with pytest.raises(PrepareError, match=r"engine\.target"):
+        prepare(board(engine__backend="tensorrt"), lambda text: None)
+
+
+def test_progress_is_a_line_for_each_phase_and_every_few_seconds() -> None:
+    said: list[str] = []
+    times_s = iter([0.0, 1.0, PROGRESS_S, PROGRESS_S + 1, PROGRESS_S + 2])
+    show = progress(said.append, lambda: next(times_s))
+    for phase, done in (("a", 0), ("a", 1), ("a", 2), ("a", 3), ("b", 0)):
+        show(phase, done, 4)
+    assert said == ["building: a 0/4", "building: a 2/4", "building: b 0/4"]
+
+
+def test_prepare_answers_in_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wrong.toml").write_text("[bundle]\npaht = 'x'\n")
+    assert main(["prepare", "--config", str(tmp_path / "wrong.toml")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "line 2" in errors and "did you mean 'bundle.path'?" in errors

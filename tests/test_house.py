@@ -64,7 +64,9 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
     """What each package imports is what its extras install, so that a board or a workstation gets no ImportError."""
     roles = {
         "device": ("board", "jetson", "libcamera"),
+        "device/boot": ("board",),
         "device/engine": ("jetson",),
+        "device/field": ("board", "jetson"),
         "export": ("export",),
         "export/distill": ("distill", "dev"),
         "export/quantize": ("export",),

@@ -54,7 +54,7 @@ class Setting(NamedTuple):
             return False
         if self.choices:
             return value in self.choices
-        return isinstance(value, str | bool) or self.low <= value <= self.high  # type: ignore[operator]
+        return isinstance(value, str | bool) or (isinstance(value, int) and self.low <= value <= self.high)
 
 
 SETTINGS = (
@@ -214,7 +214,7 @@ def _examine(path: Path) -> tuple[list[str], dict[str, Any]]:
         return [f"{path}: is not TOML: {error}; correct it there"], {}
     lines = _lines(text)
     values = dict(_leaves(tables))
-    found = []
+    found: list[tuple[int, str]] = []
     for name, value in values.items():
         at, row = f"{path}, line {lines.get(name, '?')}", _ROWS.get(name)
         if row is None:

@@ -109,7 +109,7 @@ class Statistics:
         newest = MINUTE_S * 1000 // tick_ms
         self._engine: deque[float] = deque(maxlen=newest)
         self._edge: deque[float] = deque(maxlen=newest)
-        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=MINUTE_S)  # ticks, missed and late, from the start on
+        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=MINUTE_S + 1)  # ticks, missed and late, from the start on
         self._ticks = self._missed = self._second = 0
         self._frame_age_s = 0.0
         self._speaking = False
@@ -163,7 +163,7 @@ class Statistics:
     def health(self) -> dict[str, bool]:
         """Whether the companion is well, by what could be wrong: see device/boot/slots.py."""
         newest = self._seconds[-1] if self._seconds else (0, 0, 0)
-        oldest = self._seconds[0] if len(self._seconds) == MINUTE_S else (0, 0, 0)
+        oldest = self._seconds[0] if len(self._seconds) > MINUTE_S else (0, 0, 0)
         ran, missed, late = (new - old for new, old in zip(newest, oldest, strict=True))
         return {"ticks": ran > 0 and missed + late <= max(1, (1 - ON_TIME) * (ran + missed)), **self._alive()}
 
