@@ -18,6 +18,7 @@ QUANTIZED := build/companion-nano-int8
 WHEELS := build/wheelhouse
 RELEASES := build/releases
 SOURCES := $(CURDIR)
+RELEASE_PARTS = $(BUNDLE)/manifest.json build/firmware/build.json
 # Signs what boards run. Made at the first flash; whoever has it can change every board that trusts it.
 KEY := $(HOME)/.config/copresence/release.key
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
@@ -90,11 +91,11 @@ flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/seria
 	$(BIN)/copresence-bridge flash build/firmware $(if $(PORT),--port $(PORT)) $(if $(DFU),--by dfu) $(if $(SWD),--by swd)
 
 .PHONY: flash
-flash: $(VENV)/.flash $(KEY) release-parts ## bring a release onto boards: HOST=user@board, or INVENTORY=fleet.ini
+flash: $(VENV)/.flash $(KEY) $(RELEASE_PARTS) ## bring a release onto boards: HOST=user@board, or INVENTORY=fleet.ini
 	$(PLAYBOOK)
 
 .PHONY: flash-dry
-flash-dry: $(VENV)/.flash $(KEY) release-parts ## show what flash would change, and change nothing: HOST=…, or INVENTORY=…
+flash-dry: $(VENV)/.flash $(KEY) $(RELEASE_PARTS) ## show what flash would change, and change nothing: HOST=…, or INVENTORY=…
 	$(PLAYBOOK) --check --diff
 
 .PHONY: wheelhouse
@@ -103,8 +104,8 @@ wheelhouse: $(VENV)/.flash ## collect the wheels that a kind of board installs: 
 	$(BIN)/copresence-export wheelhouse --target $(TARGET) --out $(WHEELS)/$(TARGET)
 
 .PHONY: flash-image
-flash-image: ## write the whole disk of a Jetson in recovery mode: TARGET=orin-jp7 BOARD=… L4T=…/Linux_for_Tegra PUBLIC_KEY=~/.ssh/….pub
-	$(PYTHON) -m device.flash.image --target "$(TARGET)" --board "$(BOARD)" --l4t "$(L4T)" --ssh-key "$(PUBLIC_KEY)" $(if $(DRY),--dry)
+flash-image: $(VENV)/.demo ## write the whole disk of a Jetson in recovery mode: TARGET=orin-jp7 BOARD=… L4T=…/Linux_for_Tegra PUBLIC_KEY=~/.ssh/….pub
+	$(if $(DRY),,sudo) $(BIN)/python -m device.flash.image --target "$(TARGET)" --board "$(BOARD)" --l4t "$(L4T)" --ssh-key "$(PUBLIC_KEY)" $(if $(DRY),--dry)
 
 .PHONY: twin
 twin: $(VENV)/.flash ## boot a board's twin under systemd-nspawn, to flash and to look at; Ctrl-C ends it
@@ -112,7 +113,7 @@ twin: $(VENV)/.flash ## boot a board's twin under systemd-nspawn, to flash and t
 	$(BIN)/python tests/twin.py
 
 .PHONY: twin-test
-twin-test: $(VENV)/.setup $(VENV)/.flash release-parts ## flash, boot, break and roll back twins, all of it (about an hour)
+twin-test: $(VENV)/.setup $(VENV)/.flash $(RELEASE_PARTS) ## flash, boot, break and roll back twins, all of it (about an hour)
 	COPRESENCE_TWIN=all $(BIN)/pytest tests/test_twin.py -s
 
 .PHONY: bridge-soak
@@ -168,10 +169,7 @@ clean: ## delete what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find device export firmware_bridge tests -name __pycache__ -prune -exec rm -rf {} +
 
-# What a release is made of, where it is not there yet; `make bundle firmware` makes both anew.
-.PHONY: release-parts
-release-parts: $(BUNDLE)/manifest.json build/firmware/build.json
-
+# Where they are not there yet; `make bundle firmware` makes both anew.
 $(BUNDLE)/manifest.json:
 	$(MAKE) --no-print-directory bundle
 

@@ -115,16 +115,14 @@ def resolve(target: FlashTarget) -> list[str]:
 def wheelhouse(target: FlashTarget, out: Path) -> int:
     """Collect in `out` all that the target installs, and the wheel of this repository; returns how many files. Raises ReleaseError.
 
-    A second call with the same packages fetches nothing.
+    As long as pyproject.toml and the target stay as they are, a second call only builds our own wheel anew and needs no index.
     """
-    pins = resolve(target)
-    kept = out / REQUIREMENTS
+    wanted = f"# for {hashlib.sha256((REPOSITORY / 'pyproject.toml').read_bytes() + repr(target).encode()).hexdigest()}\n"
     with contextlib.suppress(OSError):
-        if kept.read_text(encoding="utf-8").split() == pins:
-            for old in out.glob("copresence-*.whl"):
-                old.unlink()
+        if (out / REQUIREMENTS).read_text(encoding="utf-8").startswith(wanted):
             _build_own_wheel(out)
             return len(list(out.iterdir())) - 1
+    pins = resolve(target)
     with replacing(out) as folder:
         compiled = [pin for pin in pins if pin.partition("==")[0] in target.compiled]
         wheels = [pin for pin in pins if pin not in compiled]
@@ -136,7 +134,7 @@ def wheelhouse(target: FlashTarget, out: Path) -> int:
             # Without isolation its build requirements, which are ours, are not fetched a second time only to read its name.
             _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), pin)
         _build_own_wheel(folder)
-        (folder / REQUIREMENTS).write_text("\n".join(pins) + "\n", encoding="utf-8")
+        (folder / REQUIREMENTS).write_text(wanted + "\n".join(pins) + "\n", encoding="utf-8")
     return len(list(out.iterdir())) - 1
 
 
@@ -213,6 +211,8 @@ def _build_own_wheel(folder: Path) -> None:
         done = subprocess.run(command, env={**os.environ, **epoch}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             raise ReleaseError(f"the wheel of this repository cannot be built: {_end_of(done.stderr)}; mend pyproject.toml")
+        for old in folder.glob("copresence-*.whl"):
+            old.unlink()  # not overwritten: a release may hold it by a link
         for wheel in (Path(scratch) / "out").glob("*.whl"):
             shutil.copy(wheel, folder / wheel.name)
 

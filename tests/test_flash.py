@@ -289,7 +289,7 @@ def test_room_is_made_or_else_named(board: Board, monkeypatch: pytest.MonkeyPatc
     board.installed("1")
     monkeypatch.setattr(releases, "_free_bytes", lambda: releases.SPARE_BYTES + (100 if not (releases.ROOT / "releases/1").exists() else 0))
     assert releases.room(100)["removed"] == ["1"]
-    with pytest.raises(ReleaseError, match=r"has 200 MB free, and the release needs 1 MB with 200 MB to spare; free space"):
+    with pytest.raises(ReleaseError, match=r"has 200 MB free, and the release needs 2 MB with 200 MB to spare; free space"):
         releases.room(2 << 20)
 
 

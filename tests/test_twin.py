@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,9 @@ class Workshop:
             text = (folder / file).read_text(encoding="utf-8")
             assert old in text, f"{file} has changed; adapt the test"
             (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+        wheels = self.folder / "wheels" / name
+        shutil.rmtree(wheels, ignore_errors=True)
+        shutil.copytree(self.folder / "wheels" / REPOSITORY.name, wheels, copy_function=os.link)  # all but its own are the same
         return folder
 
     def release(self, sources: Path, **changes: str) -> Path:
@@ -196,6 +200,30 @@ def test_a_first_flash_brings_an_empty_board_to_life(board: Twin, workshop: Work
     later = until(lambda: (s := board.status()) and s["stats"]["ticks"] > status["stats"]["ticks"] + 5 and s, "it to tick")
     assert later["stats"]["camera_s"] < 1, "it sees the camera's newest frame"
     assert later["health"]["microphone"] and later["health"]["speaker"] and later["health"]["engine"]
+
+
+def test_a_field_engineer_asks_it_over_ssh(board: Twin, tmp_path: Path) -> None:
+    present(board)
+    asked = {"HOST": board.name, "PATH": f"{ssh_wrapper().parent}:{os.environ['PATH']}"}
+
+    def make(target: str, *variables: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "--no-print-directory", "-C", str(REPOSITORY), target, f"HOST={board.name}", *variables]
+        return subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+    findings = make("doctor", "ARGS=--json").stdout
+    found = {finding["check"]: finding["level"] for finding in json.loads(findings)}
+    assert found["bundle"] == found["microphone"] == found["speaker"] == "ok", findings
+    top = board.sudo("/opt/copresence/current/venv/bin/copresence top --once")
+    assert board.link("current") in top or "engine" in top, top
+    told = board.sudo("/opt/copresence/current/venv/bin/copresence logs --json --level debug --since -5min")
+    assert {json.loads(line)["event"]["event"] for line in told.splitlines() if '"stats"' in line} == {"stats"}
+    made = make("pull")
+    assert made.returncode == 0, made.stderr
+    archive = REPOSITORY / made.stdout.split()[-1]
+    with tarfile.open(archive) as opened:
+        names = opened.getnames()
+    archive.unlink()
+    assert any("journal" in name for name in names) and any("doctor" in name for name in names), names
 
 
 def test_flashing_the_same_release_again_changes_nothing(board: Twin, workshop: Workshop) -> None:

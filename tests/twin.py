@@ -125,14 +125,20 @@ class Twin:
 
     def kill(self) -> None:
         """Pull the plug: every process of the board is gone at once."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                leader = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-                for pid in leader:
-                    os.kill(int(pid), signal.SIGKILL)  # PID 1 of the container: the kernel ends all others with it
-                self._process.kill()
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):
+            for pid in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)  # PID 1 of the container: the kernel ends all others with it
+        try:
+            self._process.wait(30)  # systemd-nspawn tidies up after it
+        except subprocess.TimeoutExpired:
+            self._process.kill()
             self._process.wait()
-            self._process = None
+        self._process = None
+        # The kernel takes the board's end of the cable away in its own time.
+        subprocess.run(["ip", "link", "delete", f"vb-{self.name}"], capture_output=True)
+        until(lambda: not Path(f"/sys/class/net/vb-{self.name}").exists(), "its cable to be gone", 30.0)
 
     def reboot(self) -> None:
         """Power off and on."""
