@@ -30,7 +30,7 @@ from firmware_bridge.dictionary import (
 )
 from firmware_bridge.framing import SEQUENCES, Decoder
 from firmware_bridge.link import LinkHealth, Window
-from firmware_bridge.outputs import ACTS
+from firmware_bridge.outputs import MOTION_OF
 from firmware_bridge.port import PortError, forget, open_port
 
 ACT_LEAD_NS = 30_000_000  # from the choice to the motion: a lost frame is sent again and still comes in time
@@ -170,7 +170,7 @@ class Bridge:
 
     def act(self, name: str, at_ns: int | None = None) -> None:
         """Begin the motion of act `name` at `at_ns` of CLOCK_MONOTONIC, or as soon as is safe; unknown acts are dropped and counted."""
-        motion = ACTS.get(name, "")
+        motion = MOTION_OF.get(name, "")
         if motion is None:
             return
         if not motion or not self.connected:

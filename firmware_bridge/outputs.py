@@ -14,5 +14,7 @@ ACTS: dict[str, str | None] = {
     "light_off": "LIGHT_OFF",
     "yield": None,  # falls silent
     "ask": None,  # asks for more thought
-    "alert": "ALERT",  # the host's own: the board runs the release before
 }
+# What the host shows by itself.
+SIGNALS: dict[str, str | None] = {"alert": "ALERT"}  # the board went back to the release before
+MOTION_OF = {**ACTS, **SIGNALS}

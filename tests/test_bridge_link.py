@@ -22,7 +22,7 @@ from firmware_bridge.dictionary import MOTIONS, Unreadable, dictionary_hash, pac
 from firmware_bridge.flash import WAYS, FlashError, flash
 from firmware_bridge.framing import SEQUENCES, Decoder, Frame, encode
 from firmware_bridge.link import TIMEOUT_MAX_NS, TIMEOUT_MIN_NS, WAITING_MAX, LinkHealth, Window
-from firmware_bridge.outputs import ACTS
+from firmware_bridge.outputs import ACTS, SIGNALS
 from firmware_bridge.port import PortError, find_port, open_port
 
 MS = 1_000_000
@@ -146,6 +146,11 @@ def test_the_clock_is_found_through_round_trips_that_vary(ppm: float) -> None:
 def test_every_act_of_the_model_has_its_row() -> None:
     assert set(ACTS) == set(MODEL_ACTS) - {"none"}
     assert {motion for motion in ACTS.values() if motion} <= set(MOTIONS)
+
+
+def test_what_the_host_signals_by_itself_is_no_act_of_the_model() -> None:
+    assert not set(SIGNALS) & set(ACTS)
+    assert set(SIGNALS.values()) <= set(MOTIONS)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_loop import write_bundle
 
 from device.audio import Line, Silence, VirtualPlayout
 from device.config import ModelConfig, TextConfig
@@ -381,6 +386,38 @@ def test_without_systemd_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     notifier.ticked(1, in_time=True)
     assert notifier.ready
     notifier.close()
+
+
+def test_a_run_by_its_configuration_tells_systemd_and_the_journal(
+    tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole command, as the unit starts it, on the wall clock; a few ticks are enough."""
+    write_bundle(tmp_path / "echo")
+    config, runtime = tmp_path / "copresence.toml", tmp_path / "run"
+    runtime.mkdir()
+    config.write_text(
+        f"""[bundle]\npath = "{tmp_path}/echo"\nkeys = ""\nstate = "{tmp_path}"\n[realtime]\npriority = false\n
+        [audio]\nmicrophone = "none"\nspeaker = "{tmp_path}/out.wav"\n[log]\nmetrics_file = "{tmp_path}/copresence.prom"\n"""
+    )
+    command = [sys.executable, "-m", "device.cli", "run", "--config", str(config), "--speaker", "none"]
+    environment = {**os.environ, "RUNTIME_DIRECTORY": str(runtime)}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (runtime / "status.json").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    status = json.loads((runtime / "status.json").read_text())
+    child.send_signal(signal.SIGTERM)
+    out, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (0, "")
+    assert (status["pid"], status["versions"]["bundle"], status["versions"]["speaker"]) == (child.pid, "echo", "none")
+    assert status["health"] == {"ticks": status["health"]["ticks"], "microphone": True, "speaker": True, "engine": False}
+    lines = [re.fullmatch(r"<([2-7])>(\{.*\})", line) for line in out.splitlines()]
+    assert all(lines), "nothing but lines with a priority"
+    told = [json.loads(line[2])["event"] for line in lines if line]
+    assert (told[0], told[-1]) == ("versions", "summary") and "stats" in told
+    heard = systemd.heard()
+    assert heard[0].startswith("READY=1") and "WATCHDOG=1" in heard and heard[-1] == "STOPPING=1"
+    assert not (runtime / "status.json").exists() and (tmp_path / "copresence.prom").exists() and not (tmp_path / "out.wav").exists()
 
 
 def test_a_rollback_shows_on_the_light_until_the_next_start() -> None:

@@ -192,6 +192,25 @@ def test_a_trial_with_nothing_to_go_back_to_goes_on(board: Board) -> None:
     assert slots.name_of("current") == "1"
 
 
+def test_slots_that_cannot_be_written_stop_nobody(
+    board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board.link(current=board.release("2"), good=board.release("1"))
+
+    def read_only(link: str, target: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(slots, "point", read_only)
+    clock = Seconds({}, lambda: board.status("2"))
+    assert slots.confirm(clock, clock.sleep) == 0, "a healthy companion goes on, unconfirmed"
+    assert slots.rollback(lambda seconds: None) == 0
+    assert "restart --no-block copresence.service" in board.calls.read_text()
+    assert [event["event"] for event in events(capsys)] == ["not_kept", "rollback_failed", "nothing_to_go_back_to"]
+    for number in range(9):
+        board.boot(f"boot {number}")
+        slots.main(["trial"])
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     path = slots.ROOT / "trial.json"
     slots.write(path, {"boots": 1})
@@ -228,6 +247,7 @@ def test_the_main_unit_asks_for_what_the_loop_needs(repository: Path) -> None:
     assert (found["Type"], found["User"], found["NotifyAccess"]) == ("notify", "copresence", "main")
     assert (found["LimitRTPRIO"], found["LimitMEMLOCK"]) == (str(PRIORITY), "infinity")
     assert "RestrictRealtime" not in found and "MemoryDenyWriteExecute" not in found
+    assert found["RestrictAddressFamilies"] == "AF_UNIX AF_NETLINK", "no port can be opened"
     assert int(found["WatchdogSec"]) > 1 and int(found["StartLimitBurst"]) > 1
 
 

@@ -92,10 +92,14 @@ def confirm(now_s: Callable[[], float] = time.monotonic, sleep: Callable[[float]
         elif healthy_since_s is None:
             healthy_since_s = at_s
         if healthy_since_s is not None and at_s - healthy_since_s >= HEALTHY_S:
-            point("good", ROOT / "releases" / name)
-            for left in ("trial.json", "rolled-back.json"):
-                (ROOT / left).unlink(missing_ok=True)
-            say(NOTICE, "good", release=name, healthy_s=round(at_s - healthy_since_s))
+            try:
+                point("good", ROOT / "releases" / name)
+                for left in ("trial.json", "rolled-back.json"):
+                    (ROOT / left).unlink(missing_ok=True)
+            except OSError as error:  # no reason to stop a healthy companion
+                say(CRITICAL, "not_kept", release=name, reason=str(error), remedy=f"make {ROOT} writable for root")
+            else:
+                say(NOTICE, "good", release=name, healthy_s=round(at_s - healthy_since_s))
             return 0
         if at_s - begun_s >= PATIENCE_S:
             say(CRITICAL, "not_confirmed", release=name, reason=reason, after_s=round(at_s - begun_s))
@@ -119,7 +123,12 @@ def ailment(release: str) -> str:
 
 def rollback(sleep: Callable[[float], None] = time.sleep) -> int:
     """Go back to the last good release where there is another one, and start; otherwise start the same again after a while."""
-    if not give_up("its restarts are spent, its engine cannot be had, or it was never confirmed"):
+    try:
+        went_back = give_up("its restarts are spent, its engine cannot be had, or it was never confirmed")
+    except OSError as error:
+        say(CRITICAL, "rollback_failed", reason=str(error), remedy=f"make {ROOT} writable for root")
+        went_back = False
+    if not went_back:
         say(CRITICAL, "nothing_to_go_back_to", release=name_of("current"), retry_s=RETRY_S, remedy="copresence doctor")
         sleep(RETRY_S)
     units = ("copresence-engine.service", "copresence.service")

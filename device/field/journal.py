@@ -35,13 +35,13 @@ PRIORITIES = {
     "summary": NOTICE,
     "versions": NOTICE,
     "bridge_act": DEBUG,
-    "bridge_pose": DEBUG,
     "stats": DEBUG,
 }
 FOLD_S = 60.0  # what is told comes again after so long, with how often it has been there
 FOLDS_MAX = 64  # kinds of event that are counted at a time
 VERSIONS_S = 3600.0
-QUIET = frozenset({"bridge_pose"})  # ten times a second while the body moves: for the event file alone
+# For the event file alone: a pose comes ten times a second while the body moves, and the loop's own statistics say less than these.
+QUIET = frozenset({"bridge_pose", "statistics"})
 
 
 def priority(event: Mapping[str, Any]) -> int:

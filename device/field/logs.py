@@ -20,7 +20,6 @@ LEVELS = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
 _COLOURS = {"emerg": "1;37;41", "alert": "1;37;41", "crit": "1;31", "err": "31", "warning": "33", "notice": "1", "debug": "2"}  # ANSI SGR
 LINES = 200  # shown of what there is, unless a time is given
 UNITS = "copresence*"
-LOOK_MS = 1000  # how often it is asked whether anybody still reads
 _FIELDS = "MESSAGE,PRIORITY,_SYSTEMD_UNIT,UNIT,SYSLOG_IDENTIFIER"
 
 
@@ -116,7 +115,7 @@ def _lines(source: IO[bytes]) -> Iterator[bytes]:
         poll.register(sys.stdout.fileno(), 0)  # errors are reported all the same
     rest = b""
     while True:
-        for descriptor, _ in poll.poll(LOOK_MS):
+        for descriptor, _ in poll.poll():
             if descriptor != source.fileno():
                 raise BrokenPipeError
             data = os.read(source.fileno(), 65536)

@@ -238,7 +238,8 @@ _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"
 
 def _lines(text: str) -> dict[str, int]:
     """The line of every key, which the parser does not tell."""
-    section, found = "", {}
+    section = ""
+    found: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if header := _SECTION.match(line):
             section = _bare(header[1])
