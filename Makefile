@@ -35,9 +35,9 @@ comma := ,
 JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
 
 # The companion's own program on a board, as root, who may read the journal; a connection that is cut is noticed within 15 s.
-on_board = $(if $(HOST),,$(error give HOST=user@board))ssh $(1) -o ServerAliveInterval=5 -o ServerAliveCountMax=3 $(HOST) \
+on_board = $(if $(HOST),,$(error give HOST=user@board)){ ssh $(1) -o ServerAliveInterval=5 -o ServerAliveCountMax=3 $(HOST) \
 	'$$([ "$$(id -u)" = 0 ] || echo sudo -n) /opt/copresence/current/venv/bin/copresence $(2)' \
-	|| { status=$$?; [ $$status -ne 255 ] || echo "No connection to $(HOST), or it was cut; once it is back: make $@ HOST=$(HOST)" >&2; exit $$status; }
+	|| { status=$$?; [ $$status -ne 255 ] || echo "No connection to $(HOST), or it was cut; once it is back: make $@ HOST=$(HOST)" >&2; exit $$status; }; }
 
 .PHONY: help
 help: ## list these targets
@@ -122,21 +122,21 @@ bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five m
 
 .PHONY: logs
 logs: ## follow what the companion on a board tells: make logs HOST=user@board [ARGS='--level warning --grep bridge']
-	$(call on_board,-t,logs --follow $(ARGS))
+	@$(call on_board,-t,logs --follow $(ARGS))
 
 .PHONY: top
 top: ## watch what the companion on a board hears, sees, says and does: make top HOST=user@board
-	$(call on_board,-t,top)
+	@$(call on_board,-t,top)
 
 .PHONY: doctor
 doctor: ## what is wrong with a board, and what to do about it: make doctor HOST=user@board [ARGS=--json]
-	$(call on_board,,doctor $(ARGS))
+	@$(call on_board,,doctor $(ARGS))
 
 .PHONY: pull
 pull: ## fetch journal, versions and dumps of a board in one archive, for a bug report: make pull HOST=user@board
 	@mkdir -p build
-	$(call on_board,,pull) > build/.pull
-	mv build/.pull build/copresence-$(HOST)-$$(date +%Y%m%dT%H%M%S).tar.gz
+	@$(call on_board,,pull) > build/.pull
+	@mv build/.pull build/copresence-$(HOST)-$$(date +%Y%m%dT%H%M%S).tar.gz
 	@ls build/copresence-$(HOST)-*.tar.gz | tail -n 1
 
 .PHONY: calibration

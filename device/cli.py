@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
-import os
 import platform
 import signal
 import sys
@@ -24,6 +23,7 @@ from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
+from device.errors import complain
 from device.events import EventLog, Recording
 from device.field import board, doctor, logs, pull, settings, top
 from device.field.journal import Journal
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(argv)  # what stands on the command line wins
         return int(arguments.command_function(arguments))
     except USER_ERRORS as error:
-        # Under systemd the journal shows it as what it is.
-        print(f"{'<3>' if 'JOURNAL_STREAM' in os.environ else ''}copresence: {error}", file=sys.stderr)
+        complain(f"copresence: {error}")
         return USAGE_ERROR
 
 
@@ -195,23 +194,10 @@ def _run(arguments: argparse.Namespace) -> int:
         line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000)
         actuator = _open_bridge(arguments.bridge, stack)
         steering = _steer(arguments.master, tick_ns, ticker, source, playout, actuator)
-        header, senses = _header(bundle, arguments), None
+        header, senses = _header(bundle, arguments), Senses(config, line)
         events: EventLog | Journal
         if arguments.events == "journal":
-            senses = Senses(config, line)
-            statistics = Statistics(
-                config.tick_ms,
-                senses,
-                counts=line.counts,
-                clock=steering.summary,
-                bridge=lambda: bridge_state(actuator),
-                alive=lambda: {
-                    "microphone": calls_back(source),
-                    "speaker": calls_back(playout),
-                    "engine": board.verified(bundle.digest),
-                },
-            )
-            events = Journal(statistics, header, lambda: _firmware(actuator), arguments.metrics_file)
+            events = _open_journal(senses, header, bundle, source, playout, steering, actuator, arguments.metrics_file)
         else:
             events = EventLog(arguments.events, patient=not realtime)
         notifier = Notifier()
@@ -242,8 +228,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 if advice := privileges.advice():
                     print(f"copresence: {advice}", file=sys.stderr)
             summary = loop.run(header, *notices)
-        except BaseException as error:
-            events.put({"event": "crash", "error": type(error).__name__, "reason": str(error)})
+        except Exception as error:
+            events.put({"event": "fault", "fault": f"{type(error).__name__}: {error}"})
             raise
         finally:
             events.close()
@@ -262,6 +248,31 @@ def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engin
     from device.engine.tensorrt import TensorRtEngine
 
     return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest))
+
+
+def _open_journal(
+    senses: Senses,
+    header: dict[str, Any],
+    bundle: Bundle,
+    source: Source,
+    playout: Playout,
+    steering: Steering,
+    actuator: Actuator,
+    metrics_file: Path | None,
+) -> Journal:
+    statistics = Statistics(
+        bundle.config.tick_ms,
+        senses,
+        counts=lambda: {**source.counts, **playout.counts},
+        clock=steering.summary,
+        bridge=lambda: bridge_state(actuator),
+        alive=lambda: {
+            "microphone": calls_back(source),
+            "speaker": calls_back(playout),
+            "engine": board.verified(bundle.digest),
+        },
+    )
+    return Journal(statistics, header, lambda: _firmware(actuator), metrics_file)
 
 
 def _is_file(choice: str | None) -> bool:
@@ -335,6 +346,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {LONGEST_OFFSET_MS}; give less")
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
+    if arguments.metrics_file is not None and arguments.events != "journal":
+        raise UsageError("--metrics-file: metrics are made of the journal's statistics; give --events journal too")
     if arguments.clock == "simulated":
         if "live" in (arguments.mic, arguments.speaker):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")

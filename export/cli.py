@@ -12,6 +12,7 @@ from device.bundle import BundleError, copresence_version
 from device.calibration import CalibrationError
 from device.config import ConfigError
 from device.engine import EngineError
+from device.errors import complain
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError
 from device.signature import KeyFileError, VersionMemoryError
 from device.tensors import TensorMismatch
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except USER_ERRORS as error:
-        print(f"copresence-export {arguments.command}: {error}", file=sys.stderr)
+        complain(f"copresence-export {arguments.command}: {error}")
         return 2
     return 0
 

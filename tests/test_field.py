@@ -108,8 +108,8 @@ def test_level_grep_and_since(journal: Journal, capsys: pytest.CaptureFixture[st
     assert len(shown(capsys, "--level", "warning")) == 4
     assert ["stats: ticks 5 engine_ms 9.5/9.8" in line for line in shown(capsys, "--level", "debug", "--grep", "STATS")] == [True]
     assert "--lines" not in journal.asked.read_text(), "what is looked for may be older than the newest lines"
-    shown(capsys, "--since", "5 min ago")
-    assert "--since=5 min ago" in journal.asked.read_text() and "--lines" not in journal.asked.read_text()
+    shown(capsys, "--since", "-5min")
+    assert "--since=-5min" in journal.asked.read_text() and "--lines" not in journal.asked.read_text()
     assert main(["logs", "--grep", "("]) == 2
     assert "not a regular expression" in capsys.readouterr().err
 
@@ -513,9 +513,21 @@ def make(repository: Path, folder: Path, target: str, ssh: str, *more: str) -> s
 def test_make_asks_the_boards_own_program(repository: Path, tmp_path: Path, target: str, asked: str) -> None:
     done = make(repository, tmp_path, target, 'for last; do :; done; echo "$last"', "ARGS=--level err")
     assert done.returncode == 0 and done.stdout.rstrip().endswith(f"/opt/copresence/current/venv/bin/copresence {asked}")
+    assert done.stdout.count("\n") == 1, "and nothing else is said: what comes may be JSON"
 
 
 def test_a_cut_connection_is_said(repository: Path, tmp_path: Path) -> None:
     done = make(repository, tmp_path, "logs", "exit 255")
     assert done.returncode != 0 and "make logs HOST=user@board" in done.stderr
     assert "make logs" not in make(repository, tmp_path, "logs", "exit 1").stderr.replace("make: ***", "")
+
+
+def test_make_pull_fetches_one_archive_and_leaves_none_of_a_failure(repository: Path, tmp_path: Path) -> None:
+    done = make(repository, tmp_path, "pull", "echo archive")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    archive = repository / line
+    assert archive.read_text() == "archive\n" and re.fullmatch(r"build/copresence-user@board-\d{8}T\d{6}\.tar\.gz", line)
+    archive.unlink()
+    assert make(repository, tmp_path, "pull", "echo half; exit 2").returncode != 0
+    assert not list((repository / "build").glob("copresence-user@board-*"))

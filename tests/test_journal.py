@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,9 @@ import pytest
 from test_loop import write_bundle
 
 from device.audio import Line, Silence, VirtualPlayout
+from device.cli import main
 from device.config import ModelConfig, TextConfig
+from device.engine import OnnxRuntimeEngine
 from device.events import QUEUE_ITEMS
 from device.field.board import temperatures
 from device.field.journal import FOLD_S, VERSIONS_S, Folding, Journal, priority
@@ -33,6 +35,7 @@ from device.notify import Notifier
 from device.session import Decision
 from device.steering import Stamp
 from device.ticker import Edge
+from export.cli import main as export_main
 
 CONFIG = ModelConfig(text=TextConfig(words=("", "one", "two"), acts=("none", "nod", "shake")))
 HEADER = {"event": "header", "copresence": "1.2", "bundle_sha256": "ab" * 32, "config": {"tick_ms": 200}, "text": []}
@@ -177,7 +180,7 @@ def test_different_faults_are_told_apart() -> None:
 
 def test_severities() -> None:
     levels = [
-        ({"event": "crash"}, 2),
+        ({"event": "fault"}, 2),
         ({"event": "bridge_down"}, 3),
         ({"event": "loss"}, 4),
         ({"event": "clock", "state": "holdover"}, 4),
@@ -351,8 +354,8 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
     return Systemd(tmp_path, monkeypatch)
 
 
-def test_ready_is_the_first_tick_in_time_and_no_other(systemd: Systemd) -> None:
-    watch = Watch(Notifier())
+def test_ready_is_the_first_tick_in_time_and_no_other(systemd: Systemd, tail: Tail) -> None:
+    watch = Watch(Notifier(), tail.senses)
     frames = np.zeros((2, 120, 160, 3), np.uint8)
     watch.ticked(Edge(0, 0, 0, 0), decision(), frames, late_samples=7)
     watch.ticked(Edge(2, 0, 0, 1), decision(), frames, late_samples=0)
@@ -420,9 +423,39 @@ def test_a_run_by_its_configuration_tells_systemd_and_the_journal(
     assert not (runtime / "status.json").exists() and (tmp_path / "copresence.prom").exists() and not (tmp_path / "out.wav").exists()
 
 
-def test_a_rollback_shows_on_the_light_until_the_next_start() -> None:
+def test_a_defect_in_the_loop_is_told_before_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches = iter(range(4))
+
+    class Broken(OnnxRuntimeEngine):
+        def run(self) -> None:
+            if next(launches) == 3:
+                raise RuntimeError("boom")
+            super().run()
+
+    monkeypatch.setattr("device.cli.OnnxRuntimeEngine", Broken)
+    options = ["--mic", "none", "--speaker", "none", "--seconds", "2", "--no-priority", "--events", "journal"]
+    with pytest.raises(RuntimeError, match="boom"):
+        main(["run", "--bundle", str(write_bundle(tmp_path / "echo")), *options])
+    assert '<2>{"event":"fault","fault":"RuntimeError: boom"}' in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(("program", "said"), [(main, "copresence: "), (export_main, "copresence-export prepare: ")])
+def test_what_ends_a_start_is_an_error_of_the_journals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: Callable[[list[str]], int], said: str
+) -> None:
+    options = ["run" if program is main else "prepare", "--config", str(tmp_path / "absent.toml")]
+    assert program(options) == 2
+    assert capsys.readouterr().err.startswith(said)
+    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
+    assert program(options) == 2
+    assert capsys.readouterr().err.startswith(f"<3>{said}")
+
+
+def test_a_rollback_shows_on_the_light_until_the_next_start(tail: Tail) -> None:
     acts: list[str] = []
-    watch = Watch(Notifier(), alert=SimpleNamespace(act=acts.append))  # type: ignore[arg-type]
+    watch = Watch(Notifier(), tail.senses, SimpleNamespace(act=acts.append))  # type: ignore[arg-type]
     for number in range(2 * ALERT_TICKS):
         watch.ticked(Edge(number, 0, 0, 0), decision(), np.zeros((2, 120, 160, 3), np.uint8), 0)
     assert acts == ["alert", "alert"]

@@ -21,10 +21,9 @@ from device.field.statistics import METRICS_S, Statistics, metrics
 CRITICAL, ERROR, WARNING, NOTICE, INFO, DEBUG = 2, 3, 4, 5, 6, 7  # <syslog.h>
 # Of every event that is not a piece of information.
 PRIORITIES = {
-    "crash": CRITICAL,
+    "fault": CRITICAL,
     "runs_after_rollback": ERROR,
     "bridge_down": ERROR,
-    "camera_down": ERROR,
     "status_fault": ERROR,
     "bridge_refused": WARNING,
     "ladder": WARNING,
@@ -151,12 +150,15 @@ class Journal(Background):
 
     def _every_second(self) -> None:
         line = self._statistics.line(self.dropped)
+        self._write_files(line)  # first, for who waits for the journal must not look dead
         self._tell(line)
         for event in self._folding.due(self._at_s):
             self._tell(event)
         if self._at_s - self._versions_s >= VERSIONS_S:
             self._versions_s = self._at_s
             self._tell({"event": "versions", **self._all_versions()})
+
+    def _write_files(self, line: dict[str, Any]) -> None:
         try:
             if self._status_file is not None:
                 self._write_status(line, self._status_file)

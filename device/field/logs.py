@@ -31,6 +31,7 @@ def add_command(commands: Any) -> None:
     """`copresence logs`."""
     command = commands.add_parser("logs", help="what the companion told the journal, readable")
     command.add_argument("--follow", "-f", action="store_true", help="go on with what comes")
+    command._negative_number_matcher = re.compile(r"-\d")  # argparse: what looks like one is a value, such as -5min
     command.add_argument(
         "--since", metavar="TIME", help="as journalctl's: '-5min', 'today', '2026-11-25 04:00' (default: the newest lines)"
     )
