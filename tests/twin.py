@@ -25,7 +25,7 @@ FOLDER = REPOSITORY / "build" / "twin"
 SUITE = "trixie"
 PACKAGES = (
     "systemd systemd-sysv dbus openssh-server sudo openssl iproute2 procps rsync python3 python3-minimal libpython3-stdlib "
-    "python3-pyaudio libportaudio2 libasound2-plugins pulseaudio pulseaudio-utils libfaketime"
+    "python3-pyaudio libportaudio2 libasound2-plugins pulseaudio pulseaudio-utils"
 ).split()
 BRIDGE, NETWORK = "twin0", "10.177.0"
 BOOT_S = 120.0  # it takes 5; this machine may be busy
