@@ -214,10 +214,11 @@ def test_a_field_engineer_asks_it_over_ssh(board: Twin, tmp_path: Path) -> None:
 
     findings = make("doctor", "ARGS=--json").stdout
     found = {finding["check"]: finding["level"] for finding in json.loads(findings)}
-    assert found["bundle"] == found["microphone"] == found["speaker"] == "ok", findings
+    assert found["companion"] == found["release"] == found["bundle"] == found["speaker"] == found["camera"] == "ok", findings
+    assert found["microphone"] == "warning", "nobody is in the twin's room"
     top = board.sudo("/opt/copresence/current/venv/bin/copresence top --once")
     assert board.link("current") in top or "engine" in top, top
-    told = board.sudo("/opt/copresence/current/venv/bin/copresence logs --json --level debug --since -5min")
+    told = board.sudo("/opt/copresence/current/venv/bin/copresence logs --json --level debug --since=-5min")
     assert {json.loads(line)["event"]["event"] for line in told.splitlines() if '"stats"' in line} == {"stats"}
     made = make("pull")
     assert made.returncode == 0, made.stderr
@@ -228,6 +229,7 @@ def test_a_field_engineer_asks_it_over_ssh(board: Twin, tmp_path: Path) -> None:
     assert any("journal" in name for name in names) and any("doctor" in name for name in names), names
 
 
+@at_length
 def test_flashing_the_same_release_again_changes_nothing(board: Twin, workshop: Workshop) -> None:
     pid = present(board)["pid"]
     said = workshop.flashed(HOST=board.name)
@@ -236,6 +238,7 @@ def test_flashing_the_same_release_again_changes_nothing(board: Twin, workshop: 
     assert present(board)["pid"] == pid, "it was not even restarted"
 
 
+@at_length
 def test_a_dry_run_says_what_would_change_and_changes_nothing(board: Twin, workshop: Workshop) -> None:
     sources = workshop.variant("dry", {"device/__init__.py": ('"""', '"""Another: ')})
     before = board.sudo("find /opt /etc -newermt 2000-01-01 -printf '%p %T@\\n' | sort | sha256sum")
@@ -288,6 +291,7 @@ def test_after_a_power_cut_it_comes_up_by_itself(board: Twin) -> None:
         ("SIGSTOP, which only the watchdog sees", "systemctl kill --signal=STOP --kill-whom=main copresence"),
         ("an exception in the loop", "echo raise > /var/lib/copresence/fault"),
     ],
+    ids=["SIGKILL", "SIGSTOP", "exception"],
 )
 def test_it_comes_back_by_itself_after(hurtable: Twin, name: str, command: str) -> None:
     hurtable.sudo("systemctl reset-failed copresence")
@@ -404,6 +408,7 @@ def deliver(twin: Twin, release: Path) -> str:
         ("crashes", "device/cli.py", "    trust = Trust.of_machine(", '    raise RuntimeError("broken")\n    trust = Trust.of_machine('),
         ("dawdles", "device/loop.py", STEP, STEP + '                __import__("time").sleep(0.4)\n'),
     ],
+    ids=["crashes", "dawdles"],
 )
 def test_a_board_goes_back_by_itself_from_a_release_that(board: Twin, workshop: Workshop, name: str, file: str, old: str, new: str) -> None:
     before = present(board)["release"]
@@ -495,3 +500,6 @@ def test_five_healthy_minutes_confirm_a_release(board: Twin) -> None:
     begun_s = time.monotonic()
     until(lambda: board.link("good") == board.link("current"), "the board to confirm its release", 1000.0, 5.0)
     say(f"confirmed after {time.monotonic() - begun_s:.0f} s")
+    told = len(board.sudo("journalctl --no-pager -o cat --since '4 minutes ago' -u 'copresence*'").encode())
+    say(f"journal: {told * 15 / 1e6:.2f} MB an hour")
+    assert told * 15 <= 2_000_000
