@@ -493,6 +493,22 @@ def test_a_fleet_stops_at_the_board_that_refuses_and_goes_on_later(workshop: Wor
 
 
 @at_length
+def test_a_fleet_stops_where_a_board_is_lost_on_the_way(workshop: Workshop, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        twins = [stack.enter_context(running(f"twin-{k}", 10 + k)) for k in (1, 2, 3)]
+        inventory = tmp_path / "fleet.ini"
+        inventory.write_text("[boards]\n" + "".join(f"{twin.name}\n" for twin in twins))
+        flash = workshop.flash('FLASH_OPTIONS=-e wait_good=no -e {\\"batches\\":[2,1]}', INVENTORY=str(inventory))
+        until((twins[1].root / "opt/copresence/incoming").exists, "the release to be on its way", 300.0)
+        twins[1].kill()
+        status, said = finished(flash)
+        assert status != 0
+        assert "twin-2 answered before and does not any more" in said, said
+        assert present(twins[0])["release"], "the other one of its batch is finished"
+        assert twins[2].link("current") == "", "and those behind it were not touched"
+
+
+@at_length
 def test_five_healthy_minutes_confirm_a_release(board: Twin) -> None:
     present(board)
     board.sudo("rm -f /opt/copresence/good; systemctl restart --no-block copresence copresence-confirm")
