@@ -69,7 +69,6 @@ PIP_TIMEOUT_S = 1800  # pycuda compiles for minutes on a small board
 _LIST_BYTES = 8 << 20
 _PUBLIC_BYTES, _SIGNATURE_BYTES = 32, 64  # RFC 8032
 _ED25519_PREFIX = bytes.fromhex("302a300506032b6570032100")  # SubjectPublicKeyInfo of such a key, before its 32 bytes (RFC 8410)
-_AT_FDCWD = -100
 
 
 class ReleaseError(Exception):
