@@ -15,7 +15,21 @@ DEMO := build/demo
 FIRMWARE = $(MAKE) --no-print-directory -C firmware_bridge/firmware OUT=$(CURDIR)/build/firmware
 CALIBRATION := build/calibration
 QUANTIZED := build/companion-nano-int8
+WHEELS := build/wheelhouse
+RELEASES := build/releases
+SOURCES := $(CURDIR)
+RELEASE_PARTS = $(BUNDLE)/manifest.json build/firmware/build.json
+# Signs what boards run. Made at the first flash; whoever has it can change every board that trusts it.
+KEY := $(HOME)/.config/copresence/release.key
 DATA := $(or $(COPRESENCE_DATA),../shared/data)
+
+# One board is its own canary; a fleet waits until each batch has confirmed the release.
+PLAYBOOK = $(if $(HOST)$(INVENTORY),,$(error give HOST=user@board or INVENTORY=fleet.ini)) \
+	ANSIBLE_CONFIG=device/flash/ansible.cfg $(BIN)/ansible-playbook device/flash/flash.yml \
+	-i $(if $(HOST),'$(HOST)$(comma)',$(INVENTORY)) -e repository=$(SOURCES) -e bundle=$(abspath $(BUNDLE)) \
+	-e firmware=$(CURDIR)/build/firmware -e key=$(abspath $(KEY)) -e wheels=$(abspath $(WHEELS)) -e out=$(abspath $(RELEASES)) \
+	-e wait_good=$(if $(HOST),no,yes) $(FLASH_OPTIONS)
+comma := ,
 
 # glibc gives large blocks back after every operation: on 35 MB an element-wise one took 30 ms, and 1.8 ms with this.
 JEMALLOC = LD_PRELOAD=$(firstword $(wildcard /usr/lib/*/libjemalloc.so.2)) MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
@@ -45,7 +59,7 @@ bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository
 	$(BIN)/copresence-export build $(CHECKPOINT) --out $(BUNDLE)
 
 .PHONY: engine
-engine: ## compile the bundle on a board over ssh and fetch the engine: make engine HOST=user@board TARGET=… [KEY=…]
+engine: ## compile the bundle on a board over ssh and fetch the engine, signed where there is a KEY: make engine HOST=user@board TARGET=…
 	@.ci/board "$(HOST)" "$(TARGET)"
 	$(MAKE) --no-print-directory bundle
 	ssh $(HOST) mkdir -p copresence/build
@@ -53,7 +67,7 @@ engine: ## compile the bundle on a board over ssh and fetch the engine: make eng
 	rsync -a --delete $(BUNDLE)/ $(HOST):copresence/$(BUNDLE)/
 	ssh -t $(HOST) "cd copresence && python3 -m export.cli compile $(BUNDLE) --target $(TARGET)"
 	rsync -a $(HOST):copresence/$(BUNDLE).$(TARGET).engine $(dir $(BUNDLE))
-	$(if $(KEY),$(BIN)/copresence-export sign $(BUNDLE).$(TARGET).engine --key $(KEY))
+	$(if $(or $(wildcard $(KEY)),$(filter-out file,$(origin KEY))),$(BIN)/copresence-export sign $(BUNDLE).$(TARGET).engine --key $(KEY))
 
 .PHONY: test
 test: lint ## everything that CI checks: lint, then the tests
@@ -82,6 +96,32 @@ firmware: ## build the microcontroller's firmware, and show how large it is
 .PHONY: flash-mcu
 flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/serial/by-id/… | DFU=1 | SWD=1]
 	$(BIN)/copresence-bridge flash build/firmware $(if $(PORT),--port $(PORT)) $(if $(DFU),--by dfu) $(if $(SWD),--by swd)
+
+.PHONY: flash
+flash: $(VENV)/.flash $(KEY) $(RELEASE_PARTS) ## bring a release onto boards: HOST=user@board, or INVENTORY=fleet.ini
+	$(PLAYBOOK)
+
+.PHONY: flash-dry
+flash-dry: $(VENV)/.flash $(KEY) $(RELEASE_PARTS) ## show what flash would change, and change nothing: HOST=…, or INVENTORY=…
+	$(PLAYBOOK) --check --diff
+
+.PHONY: wheelhouse
+wheelhouse: $(VENV)/.flash ## collect the wheels that a kind of board installs: TARGET=orin-jp6, orin-jp7, thor or twin
+	$(if $(TARGET),,$(error give TARGET, one of device/flash/targets.toml))
+	$(BIN)/copresence-export wheelhouse --target $(TARGET) --out $(WHEELS)/$(TARGET)
+
+.PHONY: flash-image
+flash-image: $(VENV)/.demo ## write the whole disk of a Jetson in recovery mode: TARGET=orin-jp7 BOARD=… L4T=…/Linux_for_Tegra PUBLIC_KEY=~/.ssh/….pub
+	$(if $(DRY),,sudo) $(BIN)/python -m device.flash.image --target "$(TARGET)" --board "$(BOARD)" --l4t "$(L4T)" --ssh-key "$(PUBLIC_KEY)" $(if $(DRY),--dry)
+
+.PHONY: twin
+twin: $(VENV)/.flash ## boot a board's twin under systemd-nspawn, to flash and to look at; Ctrl-C ends it
+	.ci/packages debootstrap systemd-container rsync eatmydata
+	$(BIN)/python tests/twin.py
+
+.PHONY: twin-test
+twin-test: $(VENV)/.setup $(VENV)/.flash $(RELEASE_PARTS) ## flash, boot, break and roll back twins, all of it (about an hour)
+	COPRESENCE_TWIN=all $(BIN)/pytest tests/test_twin.py -s
 
 .PHONY: bridge-soak
 bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
@@ -141,6 +181,17 @@ clean: ## delete what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find device export firmware_bridge tests -name __pycache__ -prune -exec rm -rf {} +
 
+# Where they are not there yet; `make bundle firmware` makes both anew.
+$(BUNDLE)/manifest.json:
+	$(MAKE) --no-print-directory bundle
+
+build/firmware/build.json:
+	$(MAKE) --no-print-directory firmware
+
+$(HOME)/.config/copresence/release.key:
+	mkdir -p $(@D)
+	$(BIN)/copresence-export keygen --out $@
+
 # Stamps: a second run costs nothing and needs no network.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
@@ -153,10 +204,16 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[bridge,export,serve]'
 	@touch $@
 
+$(VENV)/.flash: pyproject.toml $(VENV)/.demo | $(BIN)/python
+	.ci/packages rsync
+	$(PIP) --editable '.[flash]'
+	@touch $@
+
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
-		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng
+		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng rsync
+	@.ci/packages debootstrap systemd-container eatmydata || echo "Going on without a twin: the tests that flash one are skipped."
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
-	$(PIP) --editable '.[board,serve,export,distill,scoreboard,dev]'
-	@touch $(VENV)/.demo $@
+	$(PIP) --editable '.[board,serve,export,distill,scoreboard,flash,dev]'
+	@touch $(VENV)/.demo $(VENV)/.flash $@

@@ -89,6 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     sign.set_defaults(run=_sign)
 
+    wheelhouse = commands.add_parser("wheelhouse", help="collect the wheels that a board installs ('make wheelhouse')")
+    wheelhouse.add_argument("--target", required=True, metavar="NAME", help="one of device/flash/targets.toml")
+    wheelhouse.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    wheelhouse.set_defaults(run=_wheelhouse)
+
+    release = commands.add_parser("release", help="wheels, bundle and firmware to a signed release, which 'make flash' brings to boards")
+    release.add_argument("--target", metavar="NAME", help="one of device/flash/targets.toml")
+    release.add_argument("--board", metavar="MACHINE,SOC,PYTHON", help="instead of --target: what the board says it is")
+    release.add_argument("--bundle", type=Path, required=True)
+    release.add_argument("--firmware", type=Path, metavar="FOLDER", help="what 'make firmware' built (default: none)")
+    release.add_argument("--key", type=Path, required=True, help="private key of 'keygen'; signs the bundle too, if it has not yet")
+    release.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="wheels are collected in FOLDER/TARGET")
+    release.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the release goes to FOLDER/TARGET/VERSION-HASH")
+    release.set_defaults(run=_release)
+
     features = commands.add_parser("features", help="dMel levels of a sound file, u8[frames, 80]")
     features.add_argument("sound", type=Path, metavar="IN.wav", help="any rate and channels")
     features.add_argument("--out", type=Path, required=True, metavar="LEVELS.npy")
@@ -276,6 +291,24 @@ def _sign(a: argparse.Namespace) -> None:
         return
     version, key = sign(a.bundle, a.key, a.version)
     print(f"{a.bundle}: signed by key {key} as version {version}")
+
+
+def _wheelhouse(a: argparse.Namespace) -> None:
+    from export.release import find_flash_target, wheelhouse
+
+    count = wheelhouse(find_flash_target(a.target), a.out)
+    print(f"{a.out}: {count} files for {a.target}")
+
+
+def _release(a: argparse.Namespace) -> None:
+    from export.release import ReleaseError, find_flash_target, make_release, target_of, wheelhouse
+
+    if (a.target is None) == (a.board is None) or (a.board and a.board.count(",") != 2):
+        raise ReleaseError("give either --target NAME or --board MACHINE,SOC,PYTHON")
+    target = find_flash_target(a.target) if a.target else target_of(*a.board.split(","))
+    wheels = a.wheels / target.name
+    wheelhouse(target, wheels)
+    print(make_release(target, wheels, a.bundle, a.firmware, a.key, a.out))
 
 
 def _features(a: argparse.Namespace) -> None:
