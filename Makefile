@@ -75,6 +75,12 @@ flash-mcu: firmware $(VENV)/.demo ## flash the microcontroller: [PORT=/dev/seria
 bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
 	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
 
+.PHONY: camera-test
+camera-test: $(VENV)/.setup ## picamera2 and libcamera in a Debian 13 root of their own, with a virtual camera; needs root, and minutes at first
+	.ci/packages debootstrap
+	tests/libcamera/make_root.sh build/camera-root
+	$(BIN)/pytest tests/test_libcamera.py
+
 .PHONY: calibration
 calibration: $(VENV)/.setup bundle ## record a calibration set without hardware: the demonstration's scene, and people of the training split
 	rm -rf $(CALIBRATION)
@@ -119,7 +125,8 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
-		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng
+		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng \
+		pkg-config libgirepository1.0-dev libcairo2-dev gir1.2-gstreamer-1.0 gstreamer1.0-plugins-base
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
 	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'

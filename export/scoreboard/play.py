@@ -78,6 +78,7 @@ class SceneMicrophone(Source):
 class SceneCamera:
     """A scene's frames."""
 
+    exposed_ns: int | None = None
     fault: str | None = None
     end_s: float | None = None
 

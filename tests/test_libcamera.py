@@ -1,0 +1,103 @@
+"""picamera2 and libcamera as Debian 13 has them, in a root of their own: a virtual camera shows pictures of hands to the product's own code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from device.camera.source import STALE_S
+from export.hands import draw_hand
+
+HERE = Path(__file__).parent / "libcamera"
+ROOT = Path(__file__).parents[1] / "build" / "camera-root"
+WIDTH, HEIGHT = 640, 480
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="a root of its own needs root's rights"),
+    pytest.mark.skipif(not (ROOT / "made").exists(), reason=f"no Debian 13 root in {ROOT}; make it with: make camera-test"),
+]
+
+
+@pytest.fixture(scope="module")
+def hands() -> list[np.ndarray]:
+    """Ten pictures, u8[480, 640, 3] RGB: photographs of real hands where there are any, otherwise drawn ones; a grey margin left and right."""
+    photos = Path(os.environ.get("COPRESENCE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "signs"
+    rng = np.random.default_rng(0)
+    pictures = []
+    for digit in range(10):
+        files = sorted((photos / str(digit)).glob("*"))
+        hand = cv2.cvtColor(cv2.imread(str(files[0])), cv2.COLOR_BGR2RGB) if files else draw_hand(digit, rng)
+        hand = cv2.resize(hand, (HEIGHT, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        pictures.append(np.pad(hand, ((0, 0), ((WIDTH - HEIGHT) // 2,) * 2, (0, 0)), constant_values=128))
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def watched(hands: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], np.ndarray]:
+    """What `watch.py` saw inside the root: its report, and the newest frame of each look."""
+    for name in ("hands", "copresence"):
+        shutil.rmtree(ROOT / "opt" / name, ignore_errors=True)
+    (ROOT / "opt" / "hands").mkdir()
+    for i, hand in enumerate(hands):
+        cv2.imwrite(str(ROOT / "opt" / "hands" / f"{i}.jpg"), cv2.cvtColor(hand, cv2.COLOR_RGB2BGR))
+    shutil.copytree(HERE.parents[1] / "device", ROOT / "opt" / "copresence" / "device", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HERE / "watch.py", ROOT / "opt" / "copresence")
+    configuration = ROOT / "usr" / "share" / "libcamera" / "pipeline" / "virtual"
+    configuration.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "virtual.yaml", configuration)
+    inside = (
+        "env -i PATH=/usr/bin:/bin PYTHONPATH=/opt/copresence LD_PRELOAD=/opt/udmabuf.so python3 /opt/copresence/watch.py /opt/seen.npy"
+    )
+    # A mount namespace of its own: nothing stays mounted, whatever happens.
+    steps = f'mount -t proc proc "{ROOT}/proc" && mount --rbind /dev "{ROOT}/dev" && exec chroot "{ROOT}" {inside}'
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", steps], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1]), np.load(ROOT / "opt" / "seen.npy")
+
+
+def likeness(frame: np.ndarray, hands: list[np.ndarray]) -> tuple[int, float]:
+    """Which of the hands it is, and how much it is it."""
+    small = [cv2.resize(hand, (frame.shape[1], frame.shape[0]), interpolation=cv2.INTER_AREA) for hand in hands]
+    alike = [np.corrcoef(frame.ravel(), each.ravel())[0, 1] for each in small]
+    return int(np.argmax(alike)), float(max(alike))
+
+
+def test_the_hands_arrive_in_the_bundles_size_and_right_colours(
+    watched: tuple[dict[str, Any], np.ndarray], hands: list[np.ndarray]
+) -> None:
+    report, frames = watched
+    assert frames.shape[1:] == (120, 160, 3)
+    looks = [*report["before"], *report["after"]]
+    found = [likeness(frame, hands) for frame, each in zip(frames, looks, strict=True) if not each["black"]]
+    assert len(found) > len(looks) // 2
+    assert min(alike for _, alike in found) > 0.95
+    assert len({which for which, _ in found}) == 10, "every picture that the camera was given"
+
+
+def test_time_stamps_rise_on_the_monotonic_clock_and_never_pass_the_edge(watched: tuple[dict[str, Any], np.ndarray]) -> None:
+    report, _ = watched
+    looks = [each for each in (*report["before"], *report["after"]) if each["exposed_ns"]]
+    exposed_ns = [each["exposed_ns"] for each in looks]
+    assert exposed_ns == sorted(exposed_ns) and len({*exposed_ns}) > len(looks) // 2
+    for each in looks:
+        assert each["exposed_ns"] <= each["edge_ns"] + 1000, "rounded to a float of seconds, and no more"
+        assert each["age_s"] == pytest.approx((each["edge_ns"] - each["exposed_ns"]) / 1e9, abs=1e-5)
+    ages_ms = sorted(1000 * each["age_s"] for each in report["before"] if not each["black"])
+    assert ages_ms[len(ages_ms) // 2] < 1000 * STALE_S, "on another clock they would be hours old"
+
+
+def test_a_killed_pipeline_is_survived(watched: tuple[dict[str, Any], np.ndarray]) -> None:
+    report, _ = watched
+    assert report["counts"]["camera_stops"] == 1
+    assert "check the camera" in report["fault"]
+    assert report["opened"] >= 2, "closed, and opened anew"
+    assert report["fault_at_the_end"] is None
+    assert sum((each["exposed_ns"] or 0) > report["noticed_ns"] for each in report["after"]) >= 40
