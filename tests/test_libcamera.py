@@ -1,4 +1,4 @@
-"""picamera2 and libcamera as Debian 13 has them, in a root of their own: a virtual camera shows pictures of hands to the product's own code."""
+"""picamera2 and libcamera as Debian 13 has them, in a root of their own: a virtual camera shows hands to the product's own code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def hands() -> list[np.ndarray]:
-    """Ten pictures, u8[480, 640, 3] RGB: photographs of real hands where there are any, otherwise drawn ones; a grey margin left and right."""
+    """Ten pictures, u8[480, 640, 3] RGB, grey left and right: photographs of real hands where there are any, otherwise drawn ones."""
     photos = Path(os.environ.get("COPRESENCE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "signs"
     rng = np.random.default_rng(0)
     pictures = []
@@ -49,7 +49,8 @@ def watched(hands: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -
     for i, hand in enumerate(hands):
         cv2.imwrite(str(ROOT / "opt" / "hands" / f"{i}.jpg"), cv2.cvtColor(hand, cv2.COLOR_RGB2BGR))
     shutil.copytree(HERE.parents[1] / "device", ROOT / "opt" / "copresence" / "device", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(HERE / "watch.py", ROOT / "opt" / "copresence")
+    for script in HERE.glob("*.py"):
+        shutil.copy(script, ROOT / "opt" / "copresence")
     configuration = ROOT / "usr" / "share" / "libcamera" / "pipeline" / "virtual"
     configuration.mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "virtual.yaml", configuration)
@@ -96,7 +97,6 @@ def test_time_stamps_rise_on_the_monotonic_clock_and_never_pass_the_edge(watched
 
 def test_a_killed_pipeline_is_survived(watched: tuple[dict[str, Any], np.ndarray]) -> None:
     report, _ = watched
-    assert report["counts"]["camera_stops"] == 1
     assert "check the camera" in report["fault"]
     assert report["opened"] >= 2, "closed, and opened anew"
     assert report["fault_at_the_end"] is None

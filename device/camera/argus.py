@@ -27,9 +27,9 @@ class ArgusDevice:
     earlier, does not leave that element in a form that Python can read.
     """
 
-    def __init__(self, number: int, sensor: str = SENSOR) -> None:
+    def __init__(self, number: int) -> None:
         Gst.init(None)
-        description = PIPELINE.format(sensor=sensor.format(number=number), width=WIDTH, height=HEIGHT)
+        description = PIPELINE.format(sensor=SENSOR.format(number=number), width=WIDTH, height=HEIGHT)
         try:
             self._pipeline = Gst.parse_launch(description)
         except gi.repository.GLib.Error as error:

@@ -65,7 +65,7 @@ class LiveCamera:
         self._closing = threading.Event()
         self.exposed_ns: int | None = None
         self.fault: str | None = None
-        self.counts = {"stale_frames": 0, "dropped_frames": 0, "camera_stops": 0}
+        self.counts = {"stale_frames": 0, "dropped_frames": 0, "blind_ticks": 0}
         self._thread = threading.Thread(target=self._keep_open, name="camera", daemon=True)
         self._thread.start()
 
@@ -74,6 +74,7 @@ class LiveCamera:
         frames, age_s, newest_s = self._window.at(origin_s + edge_s, origin_s)
         self.exposed_ns = None if newest_s is None else round(newest_s * 1e9)
         self.counts["stale_frames"] = self._window.stale_frames
+        self.counts["blind_ticks"] += self.fault is not None
         return frames, age_s
 
     def close(self) -> None:
@@ -101,7 +102,6 @@ class LiveCamera:
                     pause_s = FIRST_PAUSE_S
                     foreign = f"{type(error).__name__}: {error}; check the camera and its cable"
                     self.fault = str(error) if isinstance(error, CameraFault) else foreign
-                    self.counts["camera_stops"] += 1
             self._closing.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -31,7 +31,7 @@ class FrameSource(Protocol):
     `end_s`: when its last frame is over, once that is known; a device has none.
     `fault`: why it ended early or, of a device, why it gives no frames now.
     `counts`: what was lost: `stale_frames` (ticks that saw black because the newest frame was too old) and, of a device, `dropped_frames`
-    (exposed, as its time stamps tell, and never arrived) and `camera_stops` (it had to be closed and opened again).
+    (exposed, as its time stamps tell, and never arrived) and `blind_ticks` (from its stop until it has been opened again).
     """
 
     exposed_ns: int | None

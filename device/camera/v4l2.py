@@ -40,8 +40,10 @@ class V4l2Device:
                 packet = next(self._container.demux(self._stream))
             except BlockingIOError:
                 break
+            if packet.size == 0:
+                raise CameraFault("the camera has ended; plug it in again")
             for image in packet.decode():
-                newest = Picture(round(image.pts * image.time_base * 1_000_000_000), image)
+                newest = Picture(round((image.time or 0.0) * 1e9), image)
             wait_s = 0  # what piled up behind it is newer
         return newest
 

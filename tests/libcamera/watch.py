@@ -1,6 +1,7 @@
 """Runs inside the Debian 13 root: watches libcamera's virtual camera through the product's own code, and prints what came as JSON.
 
-A board needs none of what is adapted here first: it has pykms, a DMA heap and a sensor with raw modes.
+A board needs none of what is adapted here first, nor pykms.py and udmabuf.c beside it: it has screens, a DMA heap and a sensor with raw
+modes.
 """
 
 from __future__ import annotations
@@ -8,13 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-import types
 from typing import Any
 
 import numpy as np
-
-sys.modules["pykms"] = types.ModuleType("pykms")  # screens, which nothing here draws on
-
 import picamera2.picamera2
 from picamera2.allocators import Allocator, LibcameraAllocator
 
@@ -65,7 +62,7 @@ killed_ns = time.monotonic_ns()
 cameras[-1].camera.stop()  # libcamera's own camera, behind picamera2's back: no frame will come any more
 stopped_ns = time.monotonic_ns()
 give_up = time.monotonic() + PATIENCE_S
-while camera.counts["camera_stops"] == 0 and time.monotonic() < give_up:
+while camera.fault is None and time.monotonic() < give_up:
     time.sleep(0.05)
 fault, noticed_ns = camera.fault, time.monotonic_ns()
 after = looks_until_fresh(camera, noticed_ns)
