@@ -76,10 +76,10 @@ bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five m
 	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
 
 .PHONY: camera-test
-camera-test: $(VENV)/.setup ## picamera2 and libcamera in a Debian 13 root of their own, with a virtual camera; needs root, and minutes at first
+camera-test: $(VENV)/.setup ## picamera2 and libcamera with a virtual camera, in a Debian 13 root of their own; needs root, and minutes at first
 	.ci/packages debootstrap
-	tests/libcamera/make_root.sh build/camera-root
-	$(BIN)/pytest tests/test_libcamera.py
+	tests/camera_root/make_root.sh build/camera-root
+	$(BIN)/pytest tests/test_camera_root.py
 
 .PHONY: calibration
 calibration: $(VENV)/.setup bundle ## record a calibration set without hardware: the demonstration's scene, and people of the training split

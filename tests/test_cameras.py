@@ -223,11 +223,32 @@ def test_stamps_of_any_clock_become_monotonic(monkeypatch: pytest.MonkeyPatch, c
         assert stamps.monotonic_ns(5 * 10**12 + apart_ns[clock] - age_ns, 5 * 10**12) == 5 * 10**12 - age_ns
 
 
+@pytest.mark.parametrize("step_s", [-3600, -1, 1, 3600])
+def test_setting_the_time_of_day_costs_no_frame(monkeypatch: pytest.MonkeyPatch, step_s: int) -> None:
+    now_ns, apart_ns = 5 * 10**12, 10**18
+    monkeypatch.setattr(live.time, "monotonic_ns", lambda: now_ns)
+    monkeypatch.setattr(live.time, "clock_gettime_ns", lambda which: now_ns + (apart_ns if which == time.CLOCK_REALTIME else 0))
+    stamps = StampClock()
+    for i in range(6):
+        now_ns += PERIOD_NS
+        apart_ns += step_s * 10**9 if i == 3 else 0
+        assert stamps.monotonic_ns(now_ns + apart_ns - 20_000_000, now_ns) == now_ns - 20_000_000
+
+
+def test_an_old_frame_stays_old() -> None:
+    stamps, now_ns = StampClock(), time.monotonic_ns()
+    assert stamps.monotonic_ns(now_ns - 10_000_000, now_ns) == now_ns - 10_000_000
+    assert stamps.monotonic_ns(now_ns, now_ns + 5 * 10**9) == now_ns, "what a stall held up is not taken for new"
+
+
 def test_stamps_of_an_unknown_clock_count_from_the_first_arrival() -> None:
     stamps = StampClock()
-    now_ns = time.monotonic_ns()
-    assert stamps.monotonic_ns(123, now_ns) == now_ns
-    assert stamps.monotonic_ns(123 + PERIOD_NS, now_ns + PERIOD_NS + 5_000_000) == now_ns + PERIOD_NS, "jitter of arrival is left out"
+    begin_ns, now_ns = 10**10, time.monotonic_ns()
+    assert stamps.monotonic_ns(begin_ns, now_ns) == now_ns
+    assert stamps.monotonic_ns(begin_ns + PERIOD_NS, now_ns + PERIOD_NS + 5_000_000) == now_ns + PERIOD_NS, "jitter of arrival is left out"
+    assert stamps.monotonic_ns(begin_ns + PERIOD_NS, now_ns + PERIOD_NS + 6_000_000) is None, "the same frame again"
+    later_ns = now_ns + 10**10
+    assert stamps.monotonic_ns(5, later_ns) == later_ns, "the device has begun anew"
 
 
 @given(st.lists(st.integers(-(10**9), 10**9), max_size=50))

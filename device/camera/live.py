@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import statistics
 import threading
 import time
@@ -63,6 +64,7 @@ class LiveCamera:
         self._arrived: deque[Shot] = deque(maxlen=KEPT_FRAMES)
         self._window = Window(config, self._next)
         self._closing = threading.Event()
+        self._kept_ns = 0  # exposure of the newest frame that was kept, of this device or, before it was opened again, the last
         self.exposed_ns: int | None = None
         self.fault: str | None = None
         self.counts = {"stale_frames": 0, "dropped_frames": 0, "blind_ticks": 0}
@@ -96,7 +98,8 @@ class LiveCamera:
                 try:
                     self._grab(device)
                 finally:
-                    within(CLOSE_S, "closing the camera", device.close)
+                    with contextlib.suppress(Exception):  # why it stopped is what counts
+                        within(CLOSE_S, "closing the camera", device.close)
             except Exception as error:  # noqa: BLE001 - whatever a driver raises, the companion goes on without eyes
                 if self.fault is None:
                     pause_s = FIRST_PAUSE_S
@@ -106,7 +109,7 @@ class LiveCamera:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _grab(self, device: Device) -> None:
-        clock, period, kept_ns, heard_ns = StampClock(), Period(), 0, time.monotonic_ns()
+        clock, period, heard_ns = StampClock(), Period(), time.monotonic_ns()
         while not self._closing.is_set():
             picture = device.read(READ_S)
             now_ns = time.monotonic_ns()
@@ -120,8 +123,8 @@ class LiveCamera:
                 self.counts["dropped_frames"] += 1
                 continue
             self.counts["dropped_frames"] += period.lost_before(exposed_ns)
-            if exposed_ns - kept_ns >= CLOSEST_NS:
-                kept_ns = exposed_ns
+            if exposed_ns - self._kept_ns >= CLOSEST_NS:
+                self._kept_ns = exposed_ns
                 self._arrived.append(Shot(exposed_ns / 1e9, fit(picture.image, self._config)))
 
 
@@ -129,8 +132,8 @@ class StampClock:
     """A device's stamps on CLOCK_MONOTONIC, without steps back.
 
     Drivers stamp with CLOCK_MONOTONIC, some with CLOCK_BOOTTIME or CLOCK_REALTIME: the first that makes the frame a fresh one is taken, and
-    its distance to CLOCK_MONOTONIC is measured once, so that setting the time of day moves nothing. A stamp that fits none of them counts
-    from the arrival of the first frame.
+    its distance to CLOCK_MONOTONIC is measured once, and again when a stamp steps, as after the time of day has been set. Stamps that fit
+    none of them count from the arrival of the first frame.
     """
 
     CLOCKS = (time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME, time.CLOCK_REALTIME)
@@ -141,7 +144,7 @@ class StampClock:
 
     def monotonic_ns(self, stamp_ns: int, arrived_ns: int) -> int | None:
         """None for a frame that is not newer than the last. `arrived_ns`: now, on CLOCK_MONOTONIC."""
-        if self._shift_ns is None or not _is_fresh(stamp_ns + self._shift_ns, arrived_ns):
+        if self._shift_ns is None or not self._last_ns < stamp_ns + self._shift_ns or not _is_fresh(stamp_ns + self._shift_ns, arrived_ns):
             self._shift_ns = self._find_shift_ns(stamp_ns, arrived_ns)
         exposed_ns = min(stamp_ns + self._shift_ns, arrived_ns)
         if exposed_ns <= self._last_ns:
@@ -154,6 +157,8 @@ class StampClock:
             shift_ns = 0 if clock == time.CLOCK_MONOTONIC else time.monotonic_ns() - time.clock_gettime_ns(clock)
             if _is_fresh(stamp_ns + shift_ns, arrived_ns):
                 return shift_ns
+        if self._shift_ns is not None and self._last_ns - FRESH_NS < stamp_ns + self._shift_ns <= arrived_ns:
+            return self._shift_ns  # nothing stepped: the frame is old, or the last one again
         return arrived_ns - stamp_ns
 
 
