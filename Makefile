@@ -127,6 +127,12 @@ twin-test: $(VENV)/.setup $(VENV)/.flash $(RELEASE_PARTS) ## flash, boot, break 
 bridge-soak: $(VENV)/.setup firmware ## the bridge's long checks on QEMU: five minutes of acts, faults at every rate, a million frames
 	COPRESENCE_SOAK=1 $(BIN)/pytest tests/test_bridge_qemu.py tests/test_bridge_core.py -s
 
+.PHONY: camera-test
+camera-test: $(VENV)/.setup ## picamera2 and libcamera with a virtual camera, in a Debian 13 root of their own; needs root, and minutes at first
+	.ci/packages debootstrap
+	tests/camera_root/make_root.sh build/camera-root
+	$(BIN)/pytest tests/test_camera_root.py
+
 .PHONY: fuzz-firmware
 fuzz-firmware: firmware ## ten minutes of libFuzzer on the firmware's parser and core (SECONDS=…); what is new goes into tests/corpus
 	.ci/packages clang
@@ -211,7 +217,8 @@ $(VENV)/.flash: pyproject.toml $(VENV)/.demo | $(BIN)/python
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
-		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng rsync
+		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng rsync \
+		pkg-config libgirepository1.0-dev libcairo2-dev gir1.2-gstreamer-1.0 gstreamer1.0-plugins-base
 	@.ci/packages debootstrap systemd-container eatmydata || echo "Going on without a twin: the tests that flash one are skipped."
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far

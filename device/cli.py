@@ -24,7 +24,7 @@ from device import after
 from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
 from device.bundle import Bundle, BundleError, copresence_version
 from device.calibration import CalibrationError, CalibrationRecorder
-from device.camera import NoCamera, open_camera
+from device.camera import DEVICES, is_device, is_recording, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.control import RUNTIME_VARIABLE, Control
 from device.engine import Buffers, Engine, EngineError, OnnxRuntimeEngine
@@ -121,7 +121,10 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
     )
     run.add_argument(
-        "--camera", metavar="SRC", help="video file, or a folder of images shown in order of name, 10 a second (default: none)"
+        "--camera",
+        metavar="SRC",
+        help="video file; a folder of images, shown in order of name, 10 a second; 'pattern', a moving test picture; or a camera: "
+        "'picamera2[:NUMBER]' on libcamera boards, 'argus[:NUMBER]' on a Jetson's CSI port, 'v4l2[:/dev/videoN]' on USB (default: none)",
     )
     run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
@@ -219,7 +222,7 @@ def _add_serve(commands: Any) -> None:
         help=f"packets that are late by so much are in time; it adds to every reaction (default: {JITTER_BUFFER_MS})",
     )
     network = dict.fromkeys(("mic", "camera", "speaker", "master"), "network")
-    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, text=[], **network)
+    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, body=None, record_raw=False, text=[], **network)
 
 
 def _natural(text: str) -> int:
@@ -253,7 +256,7 @@ def _run(arguments: argparse.Namespace) -> int:
         recorder = _open_recorder(arguments, config)
         session = Session(config, engine, arguments.seed, _all([recorder.launch, *([] if calibration is None else [calibration.record])]))
         source, playout = _open_audio(arguments, config, ticker, stack)
-        camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
+        camera = open_camera(arguments.camera, config, patient=not realtime, origin_ns=lambda: ticker.origin_ns)
         stack.callback(camera.close)
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
         line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000)
@@ -516,16 +519,16 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.metrics_file is not None and arguments.events != "journal":
         raise UsageError("--metrics-file: metrics are made of the journal's statistics; give --events journal too")
     if arguments.clock == "simulated":
-        if "live" in (arguments.mic, arguments.speaker):
+        if "live" in (arguments.mic, arguments.speaker) or is_device(arguments.camera):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
         if arguments.bridge not in (None, "none"):
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
-        if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
+        if arguments.seconds is None and not _is_file(arguments.mic) and not is_recording(arguments.camera):
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
     if arguments.body is not None and arguments.bridge in (None, "none"):
         raise UsageError("--body: there is no body without --bridge; give its port, or leave --body out")
     if arguments.camera == "live":
-        raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
+        raise UsageError(f"--camera live: say which kind of camera it is: {', '.join(DEVICES)}")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
     named = [Path(choice).resolve() for choice in outputs if _is_file(choice) and choice not in ("-", "journal")]
     read = [Path(choice).resolve() for choice in inputs if _is_file(choice)]
@@ -608,7 +611,8 @@ def _report(arguments: argparse.Namespace, summary: dict[str, Any], faults: list
             f"late speech in {summary['late_speech_ticks']} ticks; ended by {summary['ended_by']}"
         )
     if summary["camera_fault"]:
-        print(f"copresence: --camera {arguments.camera} broke off: {summary['camera_fault']}; check the file", file=sys.stderr)
+        remedy = "; check the file" if is_recording(arguments.camera) else ""  # a device's own fault names its own
+        print(f"copresence: --camera {arguments.camera} broke off: {summary['camera_fault']}{remedy}", file=sys.stderr)
     status = 0
     for option, fault in faults:
         if fault:

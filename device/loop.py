@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from device.audio import Line
-from device.camera import Camera, Frames
+from device.camera import Frames, FrameSource
 from device.config import ModelConfig
 from device.engine import Memory
 from device.events import Recording
@@ -117,7 +117,7 @@ class Loop:
     ticker: Ticker
     steering: Steering
     line: Line
-    camera: Camera
+    camera: FrameSource
     text: TextQueue
     actuator: Actuator
     events: Events
@@ -317,7 +317,8 @@ class Loop:
         growing = {name for name, count in counts.items() if count > self._counted.get(name, 0)}
         begun, ended = sorted(growing - self._losing.keys()), sorted(self._losing.keys() - growing)
         if begun:
-            self._log({"event": "loss", "tick": tick, "of": begun})
+            blind = self.camera.fault is not None and not self.camera.counts.keys().isdisjoint(begun)
+            self._log({"event": "loss", "tick": tick, "of": begun, **({"camera_fault": self.camera.fault} if blind else {})})
         if ended:
             self._log({"event": "recovery", "tick": tick, **{name: counts[name] - self._losing[name] for name in ended}})
         self._losing = {name: self._losing.get(name, self._counted.get(name, 0)) for name in growing}

@@ -178,6 +178,7 @@ class _Speaker(Playout):
 
 class _Camera:
     resting = False
+    exposed_ns: int | None = None
     end_s: float | None = None
     fault: str | None = None
 

@@ -322,6 +322,11 @@ class Machine:
         change(values)
         path.write_text(json.dumps(values))
 
+    def camera_alone(self, source: str) -> None:
+        """Nothing runs, and that camera is configured."""
+        (self.root / "run/copresence/status.json").unlink()
+        self.configure(camera=f'source = "{source}"\n')
+
     def find(self, check: str) -> Finding:
         return next(finding for finding in examine(Place(self.config, self.root)) if finding.check == check)
 
@@ -374,6 +379,8 @@ def spoil(**values: Any) -> Callable[[dict[str, Any]], None]:
         ("microphone", "warning", "silence", lambda m: m.running(spoil(senses__mic_dbfs=-99.0))),
         ("speaker", "bad", "stopped", lambda m: m.running(spoil(health__speaker=False))),
         ("camera", "bad", "1.7 s old", lambda m: m.running(spoil(stats__camera_s=1.7))),
+        ("camera", "bad", "/nowhere/video7 does not exist", lambda m: m.camera_alone("v4l2:/nowhere/video7")),
+        ("camera", "bad", "/nowhere.mkv does not exist", lambda m: m.camera_alone("/nowhere.mkv")),
         ("bridge", "bad", "no link", lambda m: m.running(spoil(bridge={"state": "gone"}))),
         ("bridge", "warning", "SAFE", lambda m: m.running(spoil(bridge__state="SAFE"))),
         ("real time", "warning", "without priority", lambda m: m.monkeypatch.setattr(doctor.os, "sched_getscheduler", lambda pid: 0)),

@@ -65,6 +65,7 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
     roles = {
         "device": ("board", "jetson", "libcamera"),
         "device/boot": ("board",),
+        "device/camera": ("board", "jetson", "libcamera"),
         "device/engine": ("jetson",),
         "device/field": ("board", "jetson"),
         "device/serve": ("serve",),

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from device import thermal
 from device.bundle import Bundle, BundleError
+from device.camera import is_device, is_recording
 from device.config import ConfigError
 from device.engine.record import RECORD_NAME
 from device.field import board
@@ -286,9 +287,11 @@ def _camera(place: Place) -> Finding:
         if age_s > OLD_FRAME_S:
             return _finding(BAD, f"the newest frame is {age_s} s old", "reseat its cable, then: copresence logs --level warning")
         return _ok(f"{status['versions']['camera']}, newest frame {age_s} s old, brightness {status['senses']['brightness']:.0%}")
-    if not Path(choice).exists():
-        return _finding(BAD, f"{choice} does not exist", "correct 'camera.source' in the configuration")
-    return _ok(choice)
+    kind, _, which = str(choice).partition(":")
+    path = which or "/dev/video0" if kind == "v4l2" else choice
+    if (kind == "v4l2" or is_recording(choice)) and not Path(path).exists():
+        return _finding(BAD, f"{path} does not exist", "connect the camera, or correct 'camera.source' in the configuration")
+    return _ok(f"{choice}; whether frames come is known once the companion runs" if is_device(choice) else choice)
 
 
 def _bridge(place: Place) -> Finding:

@@ -75,7 +75,12 @@ SETTINGS = (
     Setting("audio.microphone", "live", "live, none, or a sound file.", "mic"),
     Setting("audio.speaker", "live", "live, none, or a WAV file to write.", "speaker"),
     Setting("audio.playout_offset_ms", 60, "From a tick's edge to its speech.", "playout_offset_ms", low=0, high=1000),
-    Setting("camera.source", "none", "none, a video file, or a folder of images.", "camera"),
+    Setting(
+        "camera.source",
+        "none",
+        "none, picamera2, argus or v4l2 (v4l2:/dev/video2 is another one), pattern (a test picture), a video file, or a folder of images.",
+        "camera",
+    ),
     Setting("bridge.port", "none", "Serial port of the microcontroller; auto: the only one there is; none: nothing moves.", "bridge"),
     Setting("bridge.body", "", "A TOML file with its servos' calibration, ends and rest; empty: a plain one.", "body"),
     Setting(

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from device.audio import Ring, Samples, Source, VirtualPlayout
-from device.camera import FrameCamera, Frames, Shot, fit
+from device.camera import FrameCamera, Frames, Shot
+from device.camera.fit import fit
 from device.config import ModelConfig
 from device.loop import TextQueue
 from device.steering import Stamp

@@ -79,6 +79,7 @@ class SceneCamera:
     """A scene's frames."""
 
     resting = False
+    exposed_ns: int | None = None
     fault: str | None = None
     end_s: float | None = None
 
