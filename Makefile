@@ -122,5 +122,5 @@ $(VENV)/.setup: pyproject.toml | $(BIN)/python
 		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
-	$(PIP) --editable '.[board,export,distill,scoreboard,dev]'
+	$(PIP) --editable '.[board,reach,export,distill,scoreboard,dev]'
 	@touch $(VENV)/.demo $@

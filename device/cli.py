@@ -25,7 +25,9 @@ from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
-from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.loop import Actuator, Loop, NoActuator, NoThinker, TextQueue, Thinker
+from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
+from device.reach.limits import ReachError
 from device.realtime import RealTime
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
@@ -59,6 +61,7 @@ USER_ERRORS = (
     AudioDeviceError,
     BridgeError,
     CalibrationError,
+    ReachError,
     OSError,
 )
 
@@ -116,6 +119,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MS",
         help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
     )
+    run.add_argument(
+        "--think",
+        metavar="URL",
+        help="ask the model behind this OpenAI-compatible address, such as http://127.0.0.1:8080/v1 (default: nobody)",
+    )
+    run.add_argument("--think-model", default="default", metavar="NAME", help="what that model is called there (default: default)")
+    run.add_argument(
+        "--think-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"holds the key to it and is its owner's alone (default: ${KEY_VARIABLE}, or no key)",
+    )
+    run.add_argument("--think-sound", action="store_true", help="also send it what the microphone heard in the last seconds")
     run.add_argument("--seconds", type=float, metavar="N", help="end after so long")
     run.add_argument(
         "--keys",
@@ -147,6 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     _choose_audio(arguments)
     _choose_master(arguments)
+    endpoint = _endpoint(arguments)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
@@ -179,6 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
             recording=recording,
             seconds=arguments.seconds,
             stop=stop,
+            thinker=_open_reach(arguments, endpoint, config, stack),
         )
         try:
             notices = _notices(bundle)
@@ -272,6 +290,22 @@ def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
     return bridge
 
 
+def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
+    if arguments.think is None:
+        return None
+    return Endpoint(arguments.think, arguments.think_model, read_key(arguments.think_key_file))
+
+
+def _open_reach(arguments: argparse.Namespace, endpoint: Endpoint | None, config: ModelConfig, stack: ExitStack) -> Thinker:
+    if endpoint is None:
+        return NoThinker()
+    from device.reach.reach import Reach
+
+    reach = Reach(config, endpoint, arguments.think_sound, patient=arguments.clock == "simulated")
+    stack.callback(reach.close)
+    return reach
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
     if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
@@ -285,6 +319,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
         if arguments.seconds is None and not _is_file(arguments.mic) and not _is_file(arguments.camera):
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
+    if arguments.think is None and (arguments.think_key_file or arguments.think_sound):
+        raise UsageError("--think-key-file and --think-sound say how to ask a model; give --think URL with them")
     if arguments.camera == "live":
         raise UsageError("--camera live: no camera driver is built in; give a video file or a folder of images")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
@@ -345,6 +381,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "speaker": arguments.speaker,
         "bridge": arguments.bridge or "none",
         "text": arguments.text,
+        "think": "none" if arguments.think is None else f"{arguments.think_model} at {arguments.think}",
     }
 
 

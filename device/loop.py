@@ -7,16 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from device.audio import Line
+from device.audio import Line, Samples
 from device.camera import Camera, Frames
 from device.config import ModelConfig
 from device.events import EventLog, Recording
+from device.reach.context import Tick
 from device.realtime import SlackCollector
 from device.session import Decision, Session
 from device.steering import Steering
@@ -51,6 +52,36 @@ class NoActuator:
 
     def take_events(self) -> list[dict[str, Any]]:
         return []
+
+
+class Thinker(Protocol):
+    """A background model. None of its calls waits, but in simulated time."""
+
+    def text(self, edge_s: float) -> list[int]:
+        """Word ids that it wants delivered in the tick that ends at `edge_s`, as many as a tick takes at most."""
+
+    def tick(self, tick: Tick, frame: Frames, heard: Samples) -> list[str]:
+        """What a tick brought; `frame` u8[H, W, 3] and `heard` f32[tick_samples] are good during the call. Returns acts for the body."""
+
+    def take_events(self) -> list[dict[str, Any]]: ...
+
+    def summary(self) -> dict[str, int]: ...
+
+
+class NoThinker:
+    """Nobody thinks beside the model."""
+
+    def text(self, edge_s: float) -> list[int]:
+        return []
+
+    def tick(self, tick: Tick, frame: Frames, heard: Samples) -> list[str]:
+        return []
+
+    def take_events(self) -> list[dict[str, Any]]:
+        return []
+
+    def summary(self) -> dict[str, int]:
+        return {}
 
 
 class TextQueue:
@@ -100,6 +131,7 @@ class Loop:
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
+    thinker: Thinker = field(default_factory=NoThinker)
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -123,6 +155,7 @@ class Loop:
                 decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
                 late_samples = self.line.play(edge.tick, decision.speech)
                 self._act(decision)
+                self._think(edge, decision, frames, frame_age_s, text, late_samples)
                 self._record(edge, decision, frame_age_s, late_samples)
                 self.actuator.heartbeat()
                 garbage.after_tick((edge.tick + 2) * self.config.tick_ms * 1_000_000 - self.ticker.now_ns())
@@ -159,7 +192,7 @@ class Loop:
         self.line.gather(edge.tick)
         self.ticker.steer(self.steering.shift_ns(self.ticker.origin_ns, edge.edge_ns))
         edge_s = self._edge_s(edge.tick)
-        return *self.camera.frames_at(edge_s), self.text.due(edge_s)
+        return *self.camera.frames_at(edge_s), self.text.due(edge_s) or self.thinker.text(edge_s)
 
     def _act(self, decision: Decision) -> None:
         if decision.act:
@@ -195,6 +228,25 @@ class Loop:
         self._overhead.add(time.perf_counter_ns() - self._woke_ns - decision.engine_ns)
         if self._ticks == 1:
             self._first_tick_s = _process_age_s()
+
+    def _think(self, edge: Edge, decision: Decision, frames: Frames, frame_age_s: float, text: list[int], late_samples: int) -> None:
+        words = self.config.text.words
+        tick = Tick(
+            tick=edge.tick,
+            t_s=round(self._edge_s(edge.tick), 3),
+            text=tuple(words[token] for token in text),
+            said=tuple(words[word] for word in decision.say if word),
+            act=self.config.text.acts[decision.act],
+            speaking=bool(decision.speech.any()),
+            frame_age_s=round(frame_age_s, 3),
+            engine_ms=round(decision.engine_ns / 1e6, 3),
+            missed=edge.missed,
+            late_samples=late_samples,
+        )
+        for act in self.thinker.tick(tick, frames[-1], self.line.mic[-self._tick_samples :]):
+            self.actuator.act(act)
+        for event in self.thinker.take_events():
+            self.events.put({**event, "tick": edge.tick})
 
     def _record_played(self, end: int, recording: Recording) -> None:
         end = min([end, *(length for length in (self._limit, self.line.source.length) if length is not None)])
@@ -243,6 +295,7 @@ class Loop:
             **self._all_counts(),
             "camera_fault": self.camera.fault,
             "acts_dropped": self.actuator.dropped,
+            "think": self.thinker.summary(),
             "events_dropped": self.events.dropped,
             "recording_dropped": 0 if self.recording is None else self.recording.dropped,
         }

@@ -65,12 +65,13 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
     roles = {
         "device": ("board", "jetson", "libcamera"),
         "device/engine": ("jetson",),
+        "device/reach": ("reach",),
         "export": ("export",),
         "export/distill": ("distill", "dev"),
         "export/quantize": ("export",),
         "export/scoreboard": ("scoreboard",),
         "firmware_bridge": ("board",),
-        "tests": ("board", "distill", "dev"),
+        "tests": ("board", "reach", "distill", "dev"),
     }
     extras = project["optional-dependencies"]
     distributions = packages_distributions()
