@@ -238,10 +238,14 @@ def test_no_tick_waits_for_an_answer() -> None:
         yield DONE
 
     with ChatServer(held) as server:
-        run = Run(server.url, {5: "ask", 9: "ask"}, ticks=200, patient=False)  # which ends while nothing has been answered
+        acts = {5: "ask", 9: "ask", 30: "look_up", 120: "shake"}
+        # which ends while nothing has been answered
+        run = Run(server.url, acts, {40: "three"}, ticks=200, text=((5.05, "now"),), patient=False)
         free.set()
     assert run.think == {"asked": 2, "dropped": 1, "answered": 0, "failed": 0, "told": 0, "calls": 0, "refused": 0}
-    assert len(run.events.thoughts("dropped")) == 1 and not run.engine.texts()
+    assert len(run.events.thoughts("dropped")) == 1
+    assert run.body.acts == list(acts.values()) and run.engine.texts() == {50: "now"}, "it does and reads what it always would"
+    assert [event["say"] for event in run.events.all if event["event"] == "tick" and event["say"]] == [["three"]]
 
 
 def test_an_answer_that_comes_while_the_loop_runs_is_delivered() -> None:

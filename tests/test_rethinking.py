@@ -28,6 +28,7 @@ from export.distill.corpus import Corpus
 from export.distill.losses import Auxiliary, perceived
 from export.distill.model import TickModel
 from export.distill.rereading import MANY_LOOKS, ONE_LOOK, Rereader, view
+from export.hands import draw_hand
 from export.rethink import Demonstration, Doubt, Tally
 from export.serve_teacher import REQUEST_BYTES, Teacher, TeacherServer, decide
 
@@ -81,6 +82,21 @@ def test_a_view_is_the_picture_moved() -> None:
     np.testing.assert_array_equal(view(picture, 0, 0, True), picture[:, ::-1])
     np.testing.assert_array_equal(view(picture, 14, -3, False)[:-3, 14:], picture[3:, :-14])
     np.testing.assert_array_equal(view(picture, 14, 0, False)[:, :14], np.repeat(picture[:, :1], 14, 1))
+
+
+def test_the_checkpoint_in_the_repository_reads_drawn_hands(repository: Path) -> None:
+    reader = Rereader.read(repository / "export" / "checkpoints" / "companion-nano")
+    rng = np.random.default_rng(0)
+    empty = np.full((*SIZE, 3), 128, np.uint8)
+
+    def read(digit: int) -> str:
+        picture = empty.copy()
+        picture[10:110, 30:130] = draw_hand(digit, rng, 100)
+        return decide(reader.probabilities(picture)[None], None)
+
+    answers = [read(digit) for digit in range(10)]
+    assert sum(answer == f"tell {digit}" for answer, digit in zip(answers, DIGITS, strict=True)) >= 9, answers
+    assert decide(reader.probabilities(empty)[None], None) == "tell sorry"
 
 
 def test_what_was_denied_is_not_told_again() -> None:
