@@ -222,5 +222,5 @@ $(VENV)/.setup: pyproject.toml | $(BIN)/python
 	@.ci/packages debootstrap systemd-container eatmydata || echo "Going on without a twin: the tests that flash one are skipped."
 	@.ci/packages chromium || echo "Going on without Chromium, which Ubuntu has as a snap only: the tests that open the report in it are skipped."
 	$(PIP) "$$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" # by itself: the largest by far
-	$(PIP) --editable '.[board,serve,export,distill,scoreboard,flash,dev]'
+	$(PIP) --editable '.[board,reach,serve,export,distill,scoreboard,flash,dev]'
 	@touch $(VENV)/.demo $(VENV)/.flash $@

@@ -36,9 +36,11 @@ from device.field.settings import SETTINGS_FILE, Settings, SettingsError
 from device.field.statistics import Senses, Statistics, bridge_state, calls_back
 from device.field.watch import Watch
 from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
-from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.loop import Actuator, Loop, NoActuator, NoThinker, TextQueue, Thinker
 from device.mcu_clock import McuFollower, McuMaster
 from device.notify import Notifier
+from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
+from device.reach.limits import ReachError
 from device.realtime import RealTime
 from device.recorder import FlightRecorder
 from device.session import Session
@@ -84,6 +86,7 @@ USER_ERRORS = (
     BridgeError,
     CalibrationError,
     *after.ERRORS,
+    ReachError,
     OSError,
 )
 
@@ -163,6 +166,19 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     run.add_argument(
         "--record-raw", action="store_true", help="dumps hold sound and pictures too, and can be replayed (default: neither, for privacy)"
     )
+    run.add_argument(
+        "--think",
+        metavar="URL",
+        help="ask the model behind this OpenAI-compatible address, such as http://127.0.0.1:8080/v1 (default: nobody)",
+    )
+    run.add_argument("--think-model", default="default", metavar="NAME", help="what that model is called there (default: default)")
+    run.add_argument(
+        "--think-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"holds the key to it and is its owner's alone (default: ${KEY_VARIABLE}, or no key)",
+    )
+    run.add_argument("--think-sound", action="store_true", help="also send it what the microphone heard in the last seconds")
     run.set_defaults(command_function=_run)
     _add_serve(commands)
     for module in (settings, doctor, logs, top, pull):
@@ -222,7 +238,7 @@ def _add_serve(commands: Any) -> None:
         help=f"packets that are late by so much are in time; it adds to every reaction (default: {JITTER_BUFFER_MS})",
     )
     network = dict.fromkeys(("mic", "camera", "speaker", "master"), "network")
-    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, body=None, record_raw=False, text=[], **network)
+    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, body=None, record_raw=False, think=None, text=[], **network)
 
 
 def _natural(text: str) -> int:
@@ -242,6 +258,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _choose_audio(arguments)
     _choose_master(arguments)
     body = {} if arguments.body is None else read_body(arguments.body)
+    endpoint = _endpoint(arguments)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = _stop_on_signals(stack)
@@ -288,6 +305,7 @@ def _run(arguments: argparse.Namespace) -> int:
             recorder=recorder,
             thermometer=thermometer,
             watcher=Watch(notifier, senses, actuator if rolled_back else None),
+            thinker=_open_reach(arguments, endpoint, config, stack),
         )
         try:
             notices = _notices(bundle)
@@ -510,6 +528,22 @@ def _open_bridge(port: str | None, body: dict[str, int], stack: ExitStack) -> Ac
     return bridge
 
 
+def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
+    if arguments.think is None:
+        return None
+    return Endpoint(arguments.think, arguments.think_model, read_key(arguments.think_key_file))
+
+
+def _open_reach(arguments: argparse.Namespace, endpoint: Endpoint | None, config: ModelConfig, stack: ExitStack) -> Thinker:
+    if endpoint is None:
+        return NoThinker()
+    from device.reach.reach import Reach
+
+    reach = Reach(config, endpoint, arguments.think_sound, patient=arguments.clock == "simulated")
+    stack.callback(reach.close)
+    return reach
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
     if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
@@ -527,6 +561,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
     if arguments.body is not None and arguments.bridge in (None, "none"):
         raise UsageError("--body: there is no body without --bridge; give its port, or leave --body out")
+    if arguments.think is None and (arguments.think_key_file or arguments.think_sound):
+        raise UsageError("--think-key-file and --think-sound say how to ask a model; give --think URL with them")
     if arguments.camera == "live":
         raise UsageError(f"--camera live: say which kind of camera it is: {', '.join(DEVICES)}")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)
@@ -589,6 +625,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "body": None if arguments.body is None else str(arguments.body),
         "text": arguments.text,
         "record_raw": arguments.record_raw,
+        "think": "none" if arguments.think is None else f"{arguments.think_model} at {arguments.think}",
     }
 
 

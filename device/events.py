@@ -107,7 +107,10 @@ class Recording(Background):
 
 
 def readable(event: dict[str, Any]) -> str:
-    """One line for a tick in which something was said or done, otherwise nothing."""
+    """One line for a tick in which something was said or done, and for what becomes of a question; otherwise nothing."""
+    if event["event"] == "think":
+        detail = next((event[name] for name in ("word", "act", "reason", "tool") if name in event), "")
+        return f"{'':12}background model: {event['what']} {detail}".rstrip()
     if event["event"] != "tick" or (not event["say"] and event["act"] == "none"):
         return ""
     says = [f"says {' '.join(event['say'])}"] if event["say"] else []

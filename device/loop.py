@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from device.audio import Line
+from device.audio import Line, Samples
 from device.camera import Frames, FrameSource
 from device.config import ModelConfig
 from device.engine import Memory
 from device.events import Recording
 from device.ladder import LADDER, Ladder
+from device.reach.context import Tick
 from device.realtime import SlackCollector
 from device.recorder import NoRecorder
 from device.session import Decision, Session
@@ -75,6 +76,36 @@ class NoActuator:
         return []
 
 
+class Thinker(Protocol):
+    """A background model. None of its calls waits, but in simulated time."""
+
+    def text(self, edge_s: float) -> list[int]:
+        """Word ids that it wants delivered in the tick that ends at `edge_s`, as many as a tick takes at most."""
+
+    def tick(self, tick: Tick, frame: Frames, heard: Samples) -> list[str]:
+        """What a tick brought; `frame` u8[H, W, 3] and `heard` f32[tick_samples] are good during the call. Returns acts for the body."""
+
+    def take_events(self) -> list[dict[str, Any]]: ...
+
+    def summary(self) -> dict[str, int]: ...
+
+
+class NoThinker:
+    """Nobody thinks beside the model."""
+
+    def text(self, edge_s: float) -> list[int]:
+        return []
+
+    def tick(self, tick: Tick, frame: Frames, heard: Samples) -> list[str]:
+        return []
+
+    def take_events(self) -> list[dict[str, Any]]:
+        return []
+
+    def summary(self) -> dict[str, int]:
+        return {}
+
+
 class TextQueue:
     """Text for the model, by the session time from which it is delivered; a tick takes as many tokens as it has room for."""
 
@@ -128,6 +159,7 @@ class Loop:
     ladder: Ladder = field(default_factory=Ladder)
     thermometer: Thermometer | None = None
     watcher: Watcher | None = None
+    thinker: Thinker = field(default_factory=NoThinker)
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -179,11 +211,12 @@ class Loop:
         gather_ns = time.perf_counter_ns() - start_ns
         decision, late_samples, play_ns = self._nothing, 0, 0
         if launched:
-            text = self.text.due(self._edge_s(edge.tick))
+            text = self.text.due(self._edge_s(edge.tick)) or self.thinker.text(self._edge_s(edge.tick))
             decision = self.session.step(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s, text)
             start_ns = time.perf_counter_ns()
             late_samples = self.line.play(edge.tick, decision.speech)
             self._act(decision)
+            self._think(edge, decision, frames, frame_age_s, text, late_samples)
             play_ns = time.perf_counter_ns() - start_ns
         elif probing:
             decision = decision._replace(engine_ns=self.session.probe(edge.tick, self.line.mic, self.line.voice, frames, frame_age_s))
@@ -297,6 +330,25 @@ class Loop:
         if self._ticks == 1:
             self._first_tick_s = _process_age_s()
 
+    def _think(self, edge: Edge, decision: Decision, frames: Frames, frame_age_s: float, text: list[int], late_samples: int) -> None:
+        words = self.config.text.words
+        tick = Tick(
+            tick=edge.tick,
+            t_s=round(self._edge_s(edge.tick), 3),
+            text=tuple(words[token] for token in text),
+            said=tuple(words[word] for word in decision.say if word),
+            act=self.config.text.acts[decision.act],
+            speaking=bool(decision.speech.any()),
+            frame_age_s=round(frame_age_s, 3),
+            engine_ms=round(decision.engine_ns / 1e6, 3),
+            missed=edge.missed,
+            late_samples=late_samples,
+        )
+        for act in self.thinker.tick(tick, frames[-1], self.line.mic[-self._tick_samples :]):
+            self.actuator.act(act)
+        for event in self.thinker.take_events():
+            self._log({**event, "tick": edge.tick})
+
     def _record_played(self, end: int, recording: Recording) -> None:
         end = min([end, *(length for length in (self._limit, self.line.source.length) if length is not None)])
         if end > self._recorded:
@@ -349,6 +401,7 @@ class Loop:
             **self._all_counts(),
             "camera_fault": self.camera.fault,
             "acts_dropped": self.actuator.dropped,
+            "think": self.thinker.summary(),
             "events_dropped": self.events.dropped,
             "recording_dropped": 0 if self.recording is None else self.recording.dropped,
         }

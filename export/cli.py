@@ -14,6 +14,8 @@ from device.config import ConfigError
 from device.engine import EngineError
 from device.errors import complain
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError
+from device.reach.endpoint import KEY_VARIABLE, read_key
+from device.reach.limits import ReachError
 from device.signature import KeyFileError, VersionMemoryError
 from device.tensors import TensorMismatch
 from export.errors import ExportError
@@ -30,6 +32,7 @@ USER_ERRORS = (
     ConfigError,
     EngineError,
     TensorMismatch,
+    ReachError,
     OSError,
 )
 
@@ -191,6 +194,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for scoreboard.json, scoreboard.md and three.png")
     evaluate.set_defaults(run=_evaluate)
+
+    teacher = commands.add_parser(
+        "serve-teacher",
+        help="a background model for 'copresence run --think': reads a hand again with more compute (needs the extra 'distill')",
+    )
+    teacher.add_argument("checkpoint", type=Path, help="checkpoint folder that `train` wrote")
+    teacher.add_argument("--port", type=int, default=8009, help="of this machine's own address, 127.0.0.1 (default: 8009)")
+    teacher.add_argument(
+        "--key-file", type=Path, metavar="FILE", help=f"who asks must know the key in it (default: ${KEY_VARIABLE}, or no key)"
+    )
+    teacher.set_defaults(run=_serve_teacher)
+
+    rethink = commands.add_parser(
+        "rethink", help="how often a teacher puts right what a student misread: shows hands, says 'no', and counts"
+    )
+    rethink.add_argument("bundle", type=Path, help="the student")
+    rethink.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT", help="as `serve-teacher` serves it")
+    rethink.add_argument("--data", type=Path, required=True, help="corpus folder")
+    rethink.add_argument("--split", choices=("dev", "test"), default="test")
+    rethink.add_argument("--pictures", type=int, metavar="N", help="only the first so many photographs")
+    rethink.add_argument("--rooms", type=int, default=3, metavar="N", help="that each of them is shown in (default: 3)")
+    rethink.set_defaults(run=_rethink)
 
     scene = commands.add_parser("scene", help="make the demonstration's scene: synthetic voices and drawn hands")
     scene.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -354,6 +379,23 @@ def _evaluate(a: argparse.Namespace) -> None:
 
     names = [*(a.systems or SYSTEMS), *(ABLATIONS if a.ablations else ())]
     print(evaluate(a.bundle, a.data, a.split, a.scenes, a.seed, names, a.jobs, a.out))
+
+
+def _serve_teacher(a: argparse.Namespace) -> None:
+    from export.distill.rereading import Rereader
+    from export.serve_teacher import Teacher, TeacherServer, serve
+
+    key, reader = read_key(a.key_file), Rereader.read(a.checkpoint)
+    video = reader.config.video
+    serve(TeacherServer(Teacher(reader, (video.height, video.width)), a.checkpoint.resolve().name, a.port, key), print)
+
+
+def _rethink(a: argparse.Namespace) -> None:
+    from export.distill.rereading import Rereader
+    from export.rethink import rethink
+
+    reader = Rereader.read(a.teacher)
+    print(rethink(a.bundle, reader, a.data, a.split, a.pictures, a.rooms, lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def _scene(a: argparse.Namespace) -> None:

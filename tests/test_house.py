@@ -69,12 +69,13 @@ def test_every_library_is_a_dependency_of_its_role(repository: Path, project: di
         "device/engine": ("jetson",),
         "device/field": ("board", "jetson"),
         "device/serve": ("serve",),
+        "device/reach": ("reach",),
         "export": ("export",),
         "export/distill": ("distill", "dev"),
         "export/quantize": ("export",),
         "export/scoreboard": ("scoreboard",),
         "firmware_bridge": ("board",),
-        "tests": ("board", "serve", "distill", "dev"),
+        "tests": ("board", "reach", "serve", "distill", "dev"),
     }
     extras = project["optional-dependencies"]
     distributions = packages_distributions()

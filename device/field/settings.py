@@ -92,6 +92,15 @@ SETTINGS = (
     ),
     Setting("realtime.priority", True, "Ask the kernel for real-time priority, a CPU and locked memory.", "priority"),
     Setting("recorder.raw", False, "Whether dumps of the flight recorder hold sound and pictures, too.", "record_raw"),
+    Setting(
+        "think.url",
+        "",
+        "A larger model to ask, when somebody says no to what was read: the address of an OpenAI-compatible server; empty: nobody.",
+        "think",
+    ),
+    Setting("think.model", "default", "What that model is called there.", "think_model"),
+    Setting("think.key_file", "", "Holds the key to it, and is its owner's alone; empty: none.", "think_key_file"),
+    Setting("think.sound", False, "Whether it is sent what the microphone heard in the last seconds, too.", "think_sound"),
     Setting("voice.seed", 0, "Of the noise that the voice is made from.", "seed", low=0, high=(1 << 32) - 1),
     Setting("log.events", "journal", "Where events go: journal, - (standard output, with a line a tick), or a file.", "events"),
     Setting(
@@ -110,6 +119,7 @@ SECTIONS = {
     "clock": "Time.",
     "realtime": "What is asked of the kernel.",
     "recorder": "What it keeps of its last minute.",
+    "think": "Whom it asks.",
     "voice": "How it sounds.",
     "log": "What it tells.",
 }
@@ -148,7 +158,8 @@ class Settings:
         found["master"] = None if found["master"] == "auto" else found["master"]
         found["keys"] = found["keys"] or None
         found["engine"] = self.engine_folder()
-        for name in ("metrics_file", "body"):
+        found["think"] = found["think"] or None
+        for name in ("metrics_file", "body", "think_key_file"):
             found[name] = Path(found[name]) if found[name] else None
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.signal import fftconvolve
 from device.audio import Line, Samples, Source, VirtualPlayout
 from device.config import ModelConfig
 from device.engine import Buffers, Engine
-from device.loop import Loop, NoActuator, TextQueue
+from device.loop import Loop, NoActuator, NoThinker, TextQueue, Thinker
 from device.session import Session
 from device.steering import Steering
 from device.ticker import SimulatedTicker
@@ -42,6 +42,7 @@ class Run:
     reactions: list[Reaction]  # by time
     voice: Samples  # f32[T*S], what the speaker played
     rate_hz: int
+    thoughts: list[dict[str, Any]] = field(default_factory=list)  # what the log says of the background model
 
     def audible(self) -> NDArray[np.bool_]:
         """Per BLOCK_S, whether the voice sounds."""
@@ -96,16 +97,19 @@ class SceneCamera:
 
 
 class _Events:
-    """Keeps the tick events of a run."""
+    """Keeps the tick events of a run, and what it says of the background model."""
 
     dropped = 0
 
     def __init__(self) -> None:
         self.ticks: list[dict[str, Any]] = []
+        self.thoughts: list[dict[str, Any]] = []
 
     def put(self, event: dict[str, Any]) -> None:
         if event["event"] == "tick":
             self.ticks.append(event)
+        if event["event"] == "think":
+            self.thoughts.append(event)
 
 
 class _Played:
@@ -123,7 +127,14 @@ class _Played:
         """All of it is here."""
 
 
-def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int, record: Callable[[int, Buffers], None] | None = None) -> Run:
+def play(
+    scene: Scene,
+    c: ModelConfig,
+    engine: Engine,
+    seed: int,
+    record: Callable[[int, Buffers], None] | None = None,
+    thinker: Thinker | None = None,
+) -> Run:
     """A scene through the device's own loop: its microphone hears the room and the echo of what the speaker really played."""
     rate_hz, tick_s = c.audio.sample_rate_hz, c.tick_ms / 1000
     ticker = SimulatedTicker(c.tick_ms * 1_000_000)
@@ -143,13 +154,14 @@ def play(scene: Scene, c: ModelConfig, engine: Engine, seed: int, record: Callab
         recording=played,  # type: ignore[arg-type]
         seconds=None,
         stop=threading.Event(),
+        thinker=thinker or NoThinker(),
     )
     loop.run({"event": "header"})
     voice = np.concatenate(played.pieces)
     said = [(word, tick["t_s"]) for tick in events.ticks for word in tick["say"]]
     reactions = [Reaction("act", tick["act"], tick["t_s"], 0.0) for tick in events.ticks if tick["act"] != "none"]
     reactions += heard_words(said, voice, rate_hz, PLAYOUT_OFFSET_MS / 1000)
-    return Run(sorted(reactions, key=lambda reaction: reaction.at_s), voice, rate_hz)
+    return Run(sorted(reactions, key=lambda reaction: reaction.at_s), voice, rate_hz, events.thoughts)
 
 
 def deliveries(scene: Scene, tick_s: float) -> list[tuple[float, list[int]]]:
