@@ -45,7 +45,7 @@ HURT = """
                 raise RuntimeError("somebody wanted this")
             self.hoard = [*getattr(self, "hoard", []), bytearray(os.urandom(1 << 20) * 100)]
 """
-STEP = """            for edge in self._wait(header, notices):
+STEP = """    def _tick(self, edge: Edge) -> None:
 """
 
 
@@ -156,9 +156,7 @@ def board(empty: Twin, workshop: Workshop) -> Twin:
 @pytest.fixture(scope="module")
 def hurtable(board: Twin, workshop: Workshop) -> Twin:
     """A board with an update on it that can be hurt; its update, too, counts as good."""
-    sources = workshop.variant(
-        "hurtable", {"device/loop.py": (STEP, STEP + HURT.replace("\n        ", "\n                ").rstrip() + "\n")}
-    )
+    sources = workshop.variant("hurtable", {"device/loop.py": (STEP, STEP + HURT.strip("\n").rstrip() + "\n")})
     begun_s = time.monotonic()
     workshop.flashed(sources, HOST=board.name)
     say(f"update: {time.monotonic() - begun_s:.0f} s")
@@ -406,7 +404,7 @@ def deliver(twin: Twin, release: Path) -> str:
     ("name", "file", "old", "new"),
     [
         ("crashes", "device/cli.py", "    trust = Trust.of_machine(", '    raise RuntimeError("broken")\n    trust = Trust.of_machine('),
-        ("dawdles", "device/loop.py", STEP, STEP + '                __import__("time").sleep(0.4)\n'),
+        ("dawdles", "device/loop.py", STEP, STEP + '        __import__("time").sleep(0.4)\n'),
     ],
     ids=["crashes", "dawdles"],
 )
