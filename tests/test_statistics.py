@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_loop import CONFIG, write_bundle
 
-from device import camera
+from device.camera import source
 from device.cli import main
 from device.dump import PRIVATE, RECORDED
 from device.statistics import Statistics, TickTimes
@@ -154,4 +154,4 @@ def test_the_streams_table_covers_every_input_and_output_that_is_kept() -> None:
     assert set(PRIVATE) == {"mic", "voice", "frames", "speech"}
     assert {name for name in RECORDED if np.prod(rows[name].shape) >= CONFIG.tick_samples} == set(PRIVATE), "nothing large is always kept"
     assert all(stream.safe and stream.log and stream.rate for stream in STREAMS.values())
-    assert STREAMS["camera"].stale_s == camera.STALE_S
+    assert STREAMS["camera"].stale_s == source.STALE_S
