@@ -41,6 +41,7 @@ class Ring:
         out[first:] = self._data[: out.size - first]
 
     def clear(self, position: int, count: int) -> None:
+        count = min(count, self.capacity)
         at = position % self.capacity
         first = min(count, self.capacity - at)
         self._data[at : at + first] = 0
@@ -77,13 +78,19 @@ class Playout(abc.ABC):
         self._played.write(self.position, out)
         self.position += out.size
 
+    def skip(self, start: int, position: int) -> None:
+        """Nothing has been played from `start` on, nor will be up to `position`: the device was away. In the taking thread."""
+        self._waiting.clear(start, position - start)
+        self._played.clear(start, position - start)
+        self.position = position
+
     @abc.abstractmethod
     def start(self) -> None:
         """Begin; the ticker starts right after."""
 
     @abc.abstractmethod
-    def sync(self, end: int) -> None:
-        """As `Source.sync`, after the source's."""
+    def sync(self, end: int, edge_ns: int) -> None:
+        """As `Source.sync`, after the source's; the edge was at `edge_ns` of CLOCK_MONOTONIC."""
 
     def heard(self, start: int, out: Samples) -> None:
         """What played while session samples from `start` on were captured; zeros where the speaker has not got to yet."""
@@ -107,7 +114,7 @@ class VirtualPlayout(Playout):
         self._run()
         return super().put(start, speech)
 
-    def sync(self, end: int) -> None:
+    def sync(self, end: int, edge_ns: int) -> None:
         self._run()
 
     def _run(self) -> None:
@@ -204,11 +211,11 @@ class Line:
         self._playout.start()
         return self._playout.origin - self._playout.heard_origin
 
-    def gather(self, tick: int) -> None:
-        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge."""
+    def gather(self, tick: int, edge_ns: int) -> None:
+        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge, `edge_ns` of CLOCK_MONOTONIC."""
         end = (tick + 1) * self._tick_samples
         self.source.sync(end)
-        self._playout.sync(end)
+        self._playout.sync(end, edge_ns)
         self.source.read(end - self.mic.size, self.mic)
         self._playout.heard(end - self.voice.size, self.voice)
 

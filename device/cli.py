@@ -24,8 +24,9 @@ from device.camera import NoCamera, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
-from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
+from device.live_audio import LiveMicrophone, LiveSpeaker, open_sound
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.portaudio import AudioDeviceError, available
 from device.realtime import RealTime
 from device.session import Session
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE, KeyFileError, Trust, VersionMemoryError
@@ -37,6 +38,7 @@ from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
 LONGEST_OFFSET_MS = 1000
+LIVE = "live"
 
 USAGE_ERROR = 2
 WRITE_ERROR = 1
@@ -87,12 +89,16 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", type=Path, metavar="DIR", help="run this TensorRT engine, made by 'copresence-export compile' (default: ONNX Runtime)"
     )
     run.add_argument(
-        "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
+        "--mic",
+        metavar="SRC",
+        help="sound file of any rate and channels, 'live', 'live:DEVICE' (index or name) or 'none' (default: live where there is one)",
     )
     run.add_argument(
         "--camera", metavar="SRC", help="video file, or a folder of images shown in order of name, 10 a second (default: none)"
     )
-    run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
+    run.add_argument(
+        "--speaker", metavar="DST", help="WAV file to write, 'live', 'live:DEVICE' or 'none' (default: live where there is one)"
+    )
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
     run.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     run.add_argument("--clock", choices=("realtime", "simulated"), default="realtime", help="simulated: as fast as it computes")
@@ -208,41 +214,47 @@ def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engin
 
 
 def _is_file(choice: str | None) -> bool:
-    return choice not in (None, "none", "live")
+    return choice not in (None, "none") and not _is_live(choice)
+
+
+def _is_live(choice: str | None) -> bool:
+    return choice is not None and (choice == LIVE or choice.startswith(f"{LIVE}:"))
+
+
+def _live(arguments: argparse.Namespace) -> bool:
+    return _is_live(arguments.mic) or _is_live(arguments.speaker)
+
+
+def _live_device(choice: str | None) -> str | None:
+    """The index or name in 'live:DEVICE', "" for the default device; None for what is not live."""
+    return choice.removeprefix(LIVE).removeprefix(":") if choice is not None and _is_live(choice) else None
 
 
 def _choose_audio(arguments: argparse.Namespace) -> None:
     """Settle what was left open: this machine's own microphone and speaker where it has them. Raises UsageError."""
     options = ("mic", "speaker")
-    wanted = any(getattr(arguments, option) in (None, "live") for option in options)
+    wanted = any(getattr(arguments, option) in (None, LIVE) for option in options)
     there = available() if wanted and arguments.clock == "realtime" else (False, False)
     for option, has in zip(options, there, strict=True):
         choice = getattr(arguments, option)
-        if choice == "live" and not has:
+        if choice == LIVE and not has:
             raise UsageError(f"--{option} live: this machine has no such device; connect one, or give a file or 'none'")
         if choice is None:
-            setattr(arguments, option, "live" if has else "none")
+            setattr(arguments, option, LIVE if has else "none")
 
 
 def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Ticker, stack: ExitStack) -> tuple[Source, Playout]:
     rate_hz = config.audio.sample_rate_hz
-    microphone = None
-    source: Source
-    if arguments.mic == "live":
-        source = microphone = LiveMicrophone(rate_hz, config.tick_samples)
-        stack.callback(microphone.close)
-    else:
-        source = SoundFile(arguments.mic, rate_hz) if _is_file(arguments.mic) else Silence()
-    if arguments.speaker != "live":
-        return source, VirtualPlayout(rate_hz, ticker.now_ns)
-    speaker = LiveSpeaker(rate_hz, microphone)
-    stack.callback(speaker.close)
-    return source, speaker
+    microphone, speaker = open_sound(
+        rate_hz, config.tick_samples, _live_device(arguments.mic), _live_device(arguments.speaker), arguments.master, stack
+    )
+    source: Source = microphone or (SoundFile(arguments.mic, rate_hz) if _is_file(arguments.mic) else Silence())
+    return source, speaker or VirtualPlayout(rate_hz, ticker.now_ns)
 
 
 def _choose_master(arguments: argparse.Namespace) -> None:
     """Settle whose clock it is, once the devices are known. Raises UsageError."""
-    live, body = "live" in (arguments.mic, arguments.speaker), arguments.bridge not in (None, "none")
+    live, body = _live(arguments), arguments.bridge not in (None, "none")
     if arguments.master is None:
         arguments.master = "audio" if live else "soc"
     if arguments.master == "audio" and not live:
@@ -279,7 +291,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
     if arguments.clock == "simulated":
-        if "live" in (arguments.mic, arguments.speaker):
+        if _live(arguments):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
         if arguments.bridge not in (None, "none"):
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")

@@ -156,7 +156,7 @@ class Loop:
         return bool(self._ended_by)
 
     def _gather(self, edge: Edge) -> tuple[Frames, float, list[int]]:
-        self.line.gather(edge.tick)
+        self.line.gather(edge.tick, self.ticker.origin_ns + edge.edge_ns)
         self.ticker.steer(self.steering.shift_ns(self.ticker.origin_ns, edge.edge_ns))
         edge_s = self._edge_s(edge.tick)
         return *self.camera.frames_at(edge_s), self.text.due(edge_s)

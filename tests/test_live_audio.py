@@ -118,13 +118,15 @@ def test_nothing_is_lost_silently(sound_server: Environment, bundle: Path, tmp_p
 LISTEN_TO_ONESELF = """
 import sys
 import numpy as np
-from device.live_audio import LiveMicrophone, LiveSpeaker
+from contextlib import ExitStack
+from device.live_audio import open_sound
 from device.steering import Steering
 from device.ticker import RealtimeTicker
 
 tick, ticks = 3200, 15
-mic = LiveMicrophone(16000, tick)
-speaker, ticker, steering = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
+stack = ExitStack()
+mic, speaker = open_sound(16000, tick, "", "", "audio", stack)
+ticker, steering = RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
 captured, voice = np.zeros((ticks, tick), np.float32), np.zeros((ticks, tick), np.float32)
 random = np.random.default_rng(0)
 for device in (mic, speaker, ticker):
@@ -133,13 +135,12 @@ for k in range(ticks):
     edge = ticker.wait(k)
     end = edge.tick * tick + tick
     mic.sync(end)
-    speaker.sync(end)
+    speaker.sync(end, ticker.origin_ns + edge.edge_ns)
     ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
     mic.read(end - tick, captured[k])
     speaker.heard(end - tick, voice[k])
     speaker.put(end + 1600, random.uniform(-0.5, 0.5, tick).astype(np.float32))
-for device in (mic, speaker):
-    device.close()
+stack.close()
 np.save(sys.argv[1], np.stack([captured.ravel(), voice.ravel()]))
 """
 
