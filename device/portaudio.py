@@ -29,7 +29,7 @@ _XRUN: dict[Direction, int] = {"input": 0x2, "output": 0x4}  # paInputOverflow, 
 _CONTINUE = 0  # paContinue
 _one_at_a_time = threading.Lock()  # or standard error would be given back to the wrong place
 # PortAudio's stamps are ALSA's: the first on `hw:` devices, the second on the null and pulse plugins.
-_BASES = (time.CLOCK_MONOTONIC, time.CLOCK_REALTIME, time.CLOCK_MONOTONIC_RAW)
+_BASES: tuple[int, ...] = (time.CLOCK_MONOTONIC, time.CLOCK_REALTIME, time.CLOCK_MONOTONIC_RAW)
 
 
 class AudioDeviceError(RuntimeError):
@@ -224,17 +224,20 @@ class Stream:
     def _callback(self, captured: bytes | None, frames: int, times: Mapping[str, float], status: int) -> tuple[bytes | None, int]:
         played = None
         for track in self._tracks:
-            try:
-                samples = np.zeros(frames, np.float32)
-                if track.direction == "output":
-                    played = samples
-                elif captured is not None:
-                    samples[...] = np.frombuffer(captured, np.float32)
-                seen_ns = time.monotonic_ns()
-                track.block(samples, self._monotonic_ns(times, _STAMPS[track.direction], seen_ns), seen_ns, status)
-            except Exception:  # noqa: BLE001 - out of a PortAudio callback it would end the stream; the count is in the events
-                track.counts[f"{track.direction}_callback_errors"] += 1
+            samples = np.zeros(frames, np.float32)
+            if track.direction == "output":
+                played = samples
+            elif captured is not None:
+                samples[...] = np.frombuffer(captured, np.float32)
+            self._block(track, samples, times, status)
         return None if played is None else played.tobytes(), _CONTINUE
+
+    def _block(self, track: Track, samples: Samples, times: Mapping[str, float], status: int) -> None:
+        try:
+            seen_ns = time.monotonic_ns()
+            track.block(samples, self._monotonic_ns(times, _STAMPS[track.direction], seen_ns), seen_ns, status)
+        except Exception:  # noqa: BLE001 - out of a PortAudio callback it would end the stream; the count is in the events
+            track.counts[f"{track.direction}_callback_errors"] += 1
 
     def _monotonic_ns(self, times: Mapping[str, float], name: str, seen_ns: int) -> int:
         """One of the device's stamps as CLOCK_MONOTONIC; the time of the callback from a host that gives none."""

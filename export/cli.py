@@ -158,6 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for scoreboard.json, scoreboard.md and three.png")
     evaluate.set_defaults(run=_evaluate)
 
+    echo = commands.add_parser("echo", help="how often it reacts to itself in rooms that return its speech; with a canceller too")
+    echo.add_argument("bundle", type=Path)
+    echo.add_argument("--data", type=Path, required=True, help="corpus folder")
+    echo.add_argument("--split", choices=("dev", "test"), default="test")
+    echo.add_argument("--scenes", type=int, default=40, help="of 19.2 s, each in a room of its own (default 40)")
+    echo.add_argument("--seed", type=int, default=0)
+    echo.add_argument("--out", type=Path, metavar="FOLDER", help="for echo.json and echo.md")
+    echo.set_defaults(run=_echo)
+
     scene = commands.add_parser("scene", help="make the demonstration's scene: synthetic voices and drawn hands")
     scene.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     scene.set_defaults(run=_scene)
@@ -292,6 +301,13 @@ def _evaluate(a: argparse.Namespace) -> None:
 
     names = [*(a.systems or SYSTEMS), *(ABLATIONS if a.ablations else ())]
     print(evaluate(a.bundle, a.data, a.split, a.scenes, a.seed, names, a.jobs, a.out))
+
+
+def _echo(a: argparse.Namespace) -> None:
+    from export.scoreboard.board import Progress
+    from export.scoreboard.echo import measure
+
+    print(measure(a.bundle, a.data, a.split, a.scenes, a.seed, a.out, Progress()))
 
 
 def _scene(a: argparse.Namespace) -> None:
