@@ -223,14 +223,11 @@ class Line:
         self.source.read(end - self.mic.size, self.mic)
         self._playout.heard(end - self.voice.size, self.voice)
         if self._canceller is not None:
-            self._clean()
-
-    def _clean(self) -> None:
-        """Of a tick after lost ones the context is that of the last tick there was: the canceller hears a stream without gaps."""
-        context = self._context.size
-        self._canceller(self.mic[context:], self.voice[context:])  # type: ignore[misc] - asked by the caller
-        self.mic[:context] = self._context
-        self._context[...] = self.mic[self.mic.size - context :]
+            # Of a tick after lost ones the context is that of the last tick there was: the canceller hears a stream without gaps.
+            context = self._context.size
+            self._canceller(self.mic[context:], self.voice[context:])
+            self.mic[:context] = self._context
+            self._context[...] = self.mic[self.mic.size - context :]
 
     def counts(self) -> dict[str, int]:
         """What the devices lost so far."""

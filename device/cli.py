@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import math
 import platform
 import signal
@@ -17,15 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
+from device import playout_offset
+from device.audio import Canceller, Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
 from device.bundle import Bundle, BundleError, copresence_version
 from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import NoCamera, open_camera
-from device.config import ConfigError, ModelConfig, TextConfig
+from device.config import AudioConfig, ConfigError, ModelConfig, TextConfig
+from device.echo_canceller import CancellerMissing, WebRtcCanceller
 from device.engine import Engine, EngineError, OnnxRuntimeEngine
 from device.events import EventLog, Recording
 from device.live_audio import LiveMicrophone, LiveSpeaker, open_sound
 from device.loop import Actuator, Loop, NoActuator, TextQueue
+from device.loopback import LoopbackError, measure_loopback, render
 from device.portaudio import AudioDeviceError, available
 from device.realtime import RealTime
 from device.session import Session
@@ -37,8 +41,7 @@ from firmware_bridge.bridge import Bridge, BridgeError
 from firmware_bridge.port import find_port
 
 PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
-LONGEST_OFFSET_MS = 1000
-LIVE = "live"
+LIVE, AUTO = "live", "auto"
 
 USAGE_ERROR = 2
 WRITE_ERROR = 1
@@ -59,6 +62,8 @@ USER_ERRORS = (
     TensorMismatch,
     SourceError,
     AudioDeviceError,
+    LoopbackError,
+    CancellerMissing,
     BridgeError,
     CalibrationError,
     OSError,
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program `copresence`; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
+        return int(arguments.run(arguments))
     except USER_ERRORS as error:
         print(f"copresence: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -117,11 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--playout-offset-ms",
-        type=_natural,
-        default=PLAYOUT_OFFSET_MS,
+        type=_offset,
         metavar="MS",
-        help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
+        help=f"from a tick's edge to its speech; 'auto': from the engine's measured time, and raised when ticks come late"
+        f" (default: auto on live devices, {PLAYOUT_OFFSET_MS} on files)",
     )
+    run.add_argument("--echo-canceller", choices=("webrtc",), help="in front of the model, for rooms that need one (extra 'echo')")
     run.add_argument("--seconds", type=float, metavar="N", help="end after so long")
     run.add_argument(
         "--keys",
@@ -136,6 +142,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last")
     run.add_argument("--record-calibration", type=Path, metavar="DIR", help="add the inputs of every tick to a data set for quantization")
     run.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
+    run.set_defaults(run=_run)
+    doctor = commands.add_parser("doctor", help="measure this machine")
+    doctor.add_argument("--loopback", action="store_true", required=True, help="latency and level from speaker to microphone, by chirps")
+    doctor.add_argument("--bundle", help="whose tick and engine the reaction floor is for (default: a tick of 200 ms)")
+    doctor.add_argument("--mic", metavar="SRC", default=LIVE, help="'live' (default) or 'live:DEVICE'")
+    doctor.add_argument("--speaker", metavar="DST", default=LIVE, help="'live' (default) or 'live:DEVICE'")
+    doctor.add_argument(
+        "--playout-offset-ms", type=_natural, metavar="MS", help=f"default: measured with a bundle, otherwise {PLAYOUT_OFFSET_MS}"
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -143,6 +159,10 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def _offset(text: str) -> int | str:
+    return text if text == AUTO else _natural(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -164,6 +184,7 @@ def _run(arguments: argparse.Namespace) -> int:
         calibration = None
         if arguments.record_calibration is not None:
             calibration = CalibrationRecorder(arguments.record_calibration, config, bundle.digest, arguments.seed, patient=not realtime)
+        guard = _choose_offset(arguments, config, engine)
         session = Session(config, engine, arguments.seed, None if calibration is None else calibration.record)
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime) if _is_file(arguments.camera) else NoCamera(config)
@@ -171,13 +192,14 @@ def _run(arguments: argparse.Namespace) -> int:
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
         events = EventLog(arguments.events, patient=not realtime)
         offset_samples = arguments.playout_offset_ms * rate_hz // 1000
+        canceller: Canceller | None = None if arguments.echo_canceller is None else WebRtcCanceller(rate_hz)
         actuator = _open_bridge(arguments.bridge, stack)
         loop = Loop(
             config=config,
             session=session,
             ticker=ticker,
             steering=_steer(arguments.master, tick_ns, ticker, source, playout, actuator),
-            line=Line(config, source, playout, offset_samples),
+            line=Line(config, source, playout, offset_samples, canceller),
             camera=camera,
             text=text,
             actuator=actuator,
@@ -185,6 +207,7 @@ def _run(arguments: argparse.Namespace) -> int:
             recording=recording,
             seconds=arguments.seconds,
             stop=stop,
+            offset=guard,
         )
         try:
             notices = _notices(bundle)
@@ -203,6 +226,20 @@ def _run(arguments: argparse.Namespace) -> int:
         lost = f"{calibration.dropped} ticks came faster than they could be written" if calibration.dropped else None
         faults.append(("--record-calibration", calibration.fault or lost))
     return _report(arguments, summary, faults)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    rate_hz, tick_ms, offset_ms = AudioConfig().sample_rate_hz, ModelConfig.tick_ms, arguments.playout_offset_ms
+    mic, speaker = _live_device(arguments.mic), _live_device(arguments.speaker)
+    if mic is None or speaker is None:
+        raise UsageError("doctor --loopback: --mic and --speaker are 'live' or 'live:DEVICE'; a file returns no sound")
+    if arguments.bundle is not None:
+        bundle = Bundle.open(arguments.bundle, unproven=True)
+        rate_hz, tick_ms = bundle.config.audio.sample_rate_hz, bundle.config.tick_ms
+        if offset_ms is None:
+            offset_ms = _measured_offset_ms(bundle.config, OnnxRuntimeEngine(bundle.graph, bundle.config))
+    print(render(measure_loopback(rate_hz, tick_ms, PLAYOUT_OFFSET_MS if offset_ms is None else offset_ms, mic, speaker)))
+    return 0
 
 
 def _open_engine(folder: Path | None, bundle: Bundle, stack: ExitStack) -> Engine:
@@ -241,6 +278,23 @@ def _choose_audio(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{option} live: this machine has no such device; connect one, or give a file or 'none'")
         if choice is None:
             setattr(arguments, option, LIVE if has else "none")
+
+
+def _choose_offset(arguments: argparse.Namespace, config: ModelConfig, engine: Engine) -> playout_offset.OffsetGuard | None:
+    """Settle the offset, and who watches it; a session begins after it, for its launches leave traces."""
+    if arguments.playout_offset_ms is None:
+        arguments.playout_offset_ms = AUTO if _live(arguments) else PLAYOUT_OFFSET_MS
+    if arguments.playout_offset_ms != AUTO:
+        return None
+    arguments.playout_offset_ms = _measured_offset_ms(config, engine)
+    return playout_offset.OffsetGuard(arguments.playout_offset_ms, config.tick_ms)
+
+
+def _measured_offset_ms(config: ModelConfig, engine: Engine) -> int:
+    trial, ticks = Session(config, engine), itertools.count()
+    hush = np.zeros(config.tick_samples + config.context_samples, np.float32)
+    frames = NoCamera(config).frames_at(0.0)
+    return playout_offset.choose(lambda: trial.step(next(ticks), hush, hush, *frames).engine_ns)
 
 
 def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Ticker, stack: ExitStack) -> tuple[Source, Playout]:
@@ -286,8 +340,8 @@ def _open_bridge(port: str | None, stack: ExitStack) -> Actuator:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
-    if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
-        raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {LONGEST_OFFSET_MS}; give less")
+    if isinstance(arguments.playout_offset_ms, int) and arguments.playout_offset_ms > playout_offset.LONGEST_MS:
+        raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {playout_offset.LONGEST_MS}; give less")
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
     if arguments.clock == "simulated":
@@ -352,6 +406,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "clock": arguments.clock,
         "master": arguments.master,
         "playout_offset_ms": arguments.playout_offset_ms,
+        "echo_canceller": arguments.echo_canceller or "none",
         "mic": arguments.mic,
         "camera": arguments.camera or "none",
         "speaker": arguments.speaker,

@@ -17,6 +17,7 @@ from device.audio import Line
 from device.camera import Camera, Frames
 from device.config import ModelConfig
 from device.events import EventLog, Recording
+from device.playout_offset import OffsetGuard
 from device.realtime import SlackCollector
 from device.session import Decision, Session
 from device.steering import Steering
@@ -100,6 +101,7 @@ class Loop:
     recording: Recording | None
     seconds: float | None  # the run ends after so long
     stop: threading.Event  # set by a signal
+    offset: OffsetGuard | None = None  # None: the playout offset stays as it is
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -185,6 +187,9 @@ class Loop:
                 "frame_age_s": round(frame_age_s, 3),
             }
         )
+        if self.offset is not None and (raised := self.offset.raised(edge.tick, late_samples)):
+            self.line.playout_offset_samples = self.offset.offset_ms * self._rate_hz // 1000
+            self.events.put({**raised, "tick": edge.tick})
         self._report_losses(edge.tick)
         self._report_body(edge.tick)
         for event in self.steering.take_events():

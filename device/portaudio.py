@@ -39,7 +39,7 @@ class AudioDeviceError(RuntimeError):
 class Device(NamedTuple):
     """One of PortAudio's devices, used in one direction."""
 
-    index: int
+    number: int  # PortAudio's index
     name: str
     rate_hz: int  # that it will be opened at
 
@@ -64,7 +64,8 @@ class Track:
         self.direction, self.wanted, self.session_hz = direction, wanted, session_hz
         self.device = Device(-1, "", session_hz)
         self.position = 0
-        self.seen = (0, 0)  # CLOCK_MONOTONIC of the newest callback, and the position after it
+        self.called_ns = 0  # CLOCK_MONOTONIC of the newest callback
+        self.seen = (0, 0)  # the same, once it is settled, and the position after it
         self.counts = {f"{direction}_{what}": 0 for what in ("xruns", "callback_errors", "reopened")}
         self.settled = threading.Event()
         self._exchange = block
@@ -74,7 +75,7 @@ class Track:
         self._last_zero_ns: int | None = None  # by the callbacks before it went away
 
     def elapsed_ns(self) -> int:
-        """Since the newest callback."""
+        """Since the newest callback of which anything was of use."""
         return time.monotonic_ns() - self.seen[0]
 
     def stamp(self, origin_ns: int) -> Stamp | None:
@@ -103,7 +104,7 @@ class Track:
             self.counts[f"{self.direction}_xruns"] += 1
             if self.settled.is_set():
                 late_ns = stamp_ns - self.ns(self.position) - self.zero_ns()
-                self._pass(min(late_ns, seen_ns - self.seen[0]))
+                self._pass(min(late_ns, seen_ns - self.called_ns))
         i = self._blocks % STAMPS
         self._zeros[i], self._seen_zeros[i] = stamp_ns - self.ns(self.position), seen_ns - self.ns(self.position)
         self._blocks += 1
@@ -117,7 +118,9 @@ class Track:
             self._exchange(self.position - self._given, self.position, samples, seen_ns)
             self._given = self.position + samples.size
         self.position += samples.size
-        self.seen = (seen_ns, self.position)
+        self.called_ns = seen_ns
+        if self.settled.is_set():
+            self.seen = (seen_ns, self.position)
 
     def _pass(self, ns: int) -> int:
         """So much time went by without samples; returns how much of it counts."""
@@ -174,11 +177,11 @@ class Stream:
         options: dict[str, Any] = {}
         for track in self._tracks:
             device = find(self._portaudio, track.direction, track.wanted, track.session_hz)
-            if track.device.index >= 0 and device.rate_hz != track.device.rate_hz:
+            if track.device.number >= 0 and device.rate_hz != track.device.rate_hz:
                 raise OSError(f"{device.name} came back with another rate: {device.rate_hz} Hz")
             track.opened(device)
             self._opened_ns = time.monotonic_ns()
-            options |= {track.direction: True, f"{track.direction}_device_index": device.index}
+            options |= {track.direction: True, f"{track.direction}_device_index": device.number}
         rate_hz = self._tracks[0].device.rate_hz
         self._stream = self._portaudio.open(
             rate=rate_hz,
@@ -217,9 +220,9 @@ class Stream:
     def _runs(self) -> bool:
         if self._stream is None:
             return False
-        seen_ns = min(track.seen[0] for track in self._tracks)
-        patience_s = AWAY_S if seen_ns > self._opened_ns else START_TIMEOUT_S
-        return time.monotonic_ns() - max(seen_ns, self._opened_ns) < patience_s * 1e9
+        called_ns = min(track.called_ns for track in self._tracks)
+        patience_s = AWAY_S if called_ns > self._opened_ns else START_TIMEOUT_S
+        return time.monotonic_ns() - max(called_ns, self._opened_ns) < patience_s * 1e9
 
     def _callback(self, captured: bytes | None, frames: int, times: Mapping[str, float], status: int) -> tuple[bytes | None, int]:
         played = None
