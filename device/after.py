@@ -10,6 +10,7 @@ from typing import Any
 from device.bundle import Bundle
 from device.control import ControlError, ask
 from device.dump import Dump, DumpError
+from device.engine.opening import open_engine
 from device.recorder import FlightRecorder
 from device.signature import Trust
 from device.trace import TraceError, trace, write
@@ -63,7 +64,6 @@ def _dump(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from device.cli import open_engine
     from device.replay import replay, require_bundle, require_replayable
 
     dump = Dump.read(arguments.dump)

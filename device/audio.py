@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from device.config import ModelConfig
 
 Samples = NDArray[np.float32]  # full scale ±1
+Canceller = Callable[[Samples, Samples], None]  # takes what was played (second) out of what was heard meanwhile (first), in place
 
 WAITING_S = 4  # longer than any tick with its playout offset
 PLAYED_S = 30  # a stall of that length still loses nothing from the record; 2 MB at 16 kHz
@@ -41,6 +42,7 @@ class Ring:
         out[first:] = self._data[: out.size - first]
 
     def clear(self, position: int, count: int) -> None:
+        count = min(count, self.capacity)
         at = position % self.capacity
         first = min(count, self.capacity - at)
         self._data[at : at + first] = 0
@@ -77,13 +79,19 @@ class Playout(abc.ABC):
         self._played.write(self.position, out)
         self.position += out.size
 
+    def skip(self, start: int, position: int) -> None:
+        """Nothing has been played from `start` on, nor will be up to `position`: the device was away. In the taking thread."""
+        self._waiting.clear(start, position - start)
+        self._played.clear(start, position - start)
+        self.position = position
+
     @abc.abstractmethod
     def start(self) -> None:
         """Begin; the ticker starts right after."""
 
     @abc.abstractmethod
-    def sync(self, end: int) -> None:
-        """As `Source.sync`, after the source's."""
+    def sync(self, end: int, edge_ns: int) -> None:
+        """As `Source.sync`, after the source's; the edge was at `edge_ns` of CLOCK_MONOTONIC."""
 
     def heard(self, start: int, out: Samples) -> None:
         """What played while session samples from `start` on were captured; zeros where the speaker has not got to yet."""
@@ -107,7 +115,7 @@ class VirtualPlayout(Playout):
         self._run()
         return super().put(start, speech)
 
-    def sync(self, end: int) -> None:
+    def sync(self, end: int, edge_ns: int) -> None:
         self._run()
 
     def _run(self) -> None:
@@ -191,8 +199,11 @@ class SoundFile(Source):
 class Line:
     """Microphone in and speaker out, as the loop uses them: tick by tick."""
 
-    def __init__(self, config: ModelConfig, source: Source, playout: Playout, playout_offset_samples: int) -> None:
-        self._tick_samples, self._offset = config.tick_samples, playout_offset_samples
+    def __init__(
+        self, config: ModelConfig, source: Source, playout: Playout, playout_offset_samples: int, canceller: Canceller | None = None
+    ) -> None:
+        self._tick_samples, self.playout_offset_samples = config.tick_samples, playout_offset_samples
+        self._canceller, self._context = canceller, np.zeros(config.context_samples, np.float32)  # of the tick before, cleaned
         self.source, self._playout = source, playout
         self._kept = (PLAYED_S - 1) * config.audio.sample_rate_hz
         size = config.tick_samples + config.context_samples
@@ -204,13 +215,19 @@ class Line:
         self._playout.start()
         return self._playout.origin - self._playout.heard_origin
 
-    def gather(self, tick: int) -> None:
-        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge."""
+    def gather(self, tick: int, edge_ns: int) -> None:
+        """Fill `mic` and `voice` (f32[context + tick], ±1) for a tick at its edge, `edge_ns` of CLOCK_MONOTONIC."""
         end = (tick + 1) * self._tick_samples
         self.source.sync(end)
-        self._playout.sync(end)
+        self._playout.sync(end, edge_ns)
         self.source.read(end - self.mic.size, self.mic)
         self._playout.heard(end - self.voice.size, self.voice)
+        if self._canceller is not None:
+            # Of a tick after lost ones the context is that of the last tick there was: the canceller hears a stream without gaps.
+            context = self._context.size
+            self._canceller(self.mic[context:], self.voice[context:])
+            self.mic[:context] = self._context
+            self._context[...] = self.mic[self.mic.size - context :]
 
     def counts(self) -> dict[str, int]:
         """What the devices lost so far."""
@@ -218,7 +235,7 @@ class Line:
 
     def play(self, tick: int, speech: Samples) -> int:
         """Speech of `tick` begins one playout offset after its edge; returns the samples that came too late for that."""
-        return self._playout.put((tick + 1) * self._tick_samples + self._offset, speech)
+        return self._playout.put((tick + 1) * self._tick_samples + self.playout_offset_samples, speech)
 
     def played(self, start: int, end: int) -> Samples:
         """A copy of what was played over session samples start … end, or as much of its end as is kept."""

@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from device import after
-from device.audio import Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
+from device import after, playout_offset
+from device.audio import Canceller, Line, Playout, Silence, SoundFile, Source, SourceError, VirtualPlayout
 from device.bundle import Bundle, BundleError, copresence_version
 from device.calibration import CalibrationError, CalibrationRecorder
 from device.camera import DEVICES, is_device, is_recording, open_camera
 from device.config import ConfigError, ModelConfig, TextConfig
 from device.control import RUNTIME_VARIABLE, Control
-from device.engine import Buffers, Engine, EngineError, OnnxRuntimeEngine
+from device.echo_canceller import CancellerMissing, WebRtcCanceller
+from device.engine import Buffers, Engine, EngineError
+from device.engine.opening import open_engine
 from device.errors import complain
 from device.events import EventLog, Recording
 from device.field import board, doctor, logs, pull, settings, top
@@ -35,10 +37,12 @@ from device.field.journal import Journal
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError
 from device.field.statistics import Senses, Statistics, bridge_state, calls_back
 from device.field.watch import Watch
-from device.live_audio import AudioDeviceError, LiveMicrophone, LiveSpeaker, available
+from device.live_audio import LIVE, LiveMicrophone, LiveSpeaker, is_live, live_device, open_sound
 from device.loop import Actuator, Loop, NoActuator, NoThinker, TextQueue, Thinker
+from device.loopback import LoopbackError
 from device.mcu_clock import McuFollower, McuMaster
 from device.notify import Notifier
+from device.portaudio import AudioDeviceError, available
 from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
 from device.reach.limits import ReachError
 from device.realtime import RealTime
@@ -54,8 +58,7 @@ from firmware_bridge.bridge import Bridge
 from firmware_bridge.errors import BridgeError
 from firmware_bridge.port import find_port
 
-PLAYOUT_OFFSET_MS = 60  # covers an engine of 12 ms (p99) with a wide margin on a busy two-core machine
-LONGEST_OFFSET_MS = 1000
+AUTO = "auto"
 JITTER_BUFFER_MS = 80  # four packets of 20 ms: covers 50 ms of jitter, measured (README)
 TOKEN_VARIABLE = "COPRESENCE_TOKEN"
 BUNDLE_HELP = "a bundle made by 'copresence-export build'"
@@ -83,6 +86,8 @@ USER_ERRORS = (
     SourceError,
     AudioDeviceError,
     BodyError,
+    LoopbackError,
+    CancellerMissing,
     BridgeError,
     CalibrationError,
     *after.ERRORS,
@@ -121,7 +126,9 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     run.add_argument("--bundle", help=BUNDLE_HELP)
     _add_shared(run)
     run.add_argument(
-        "--mic", metavar="SRC", help="sound file of any rate and channels, 'live' or 'none' (default: live where there is one)"
+        "--mic",
+        metavar="SRC",
+        help="sound file of any rate and channels, 'live', 'live:DEVICE' (index or name) or 'none' (default: live where there is one)",
     )
     run.add_argument(
         "--camera",
@@ -129,7 +136,9 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="video file; a folder of images, shown in order of name, 10 a second; 'pattern', a moving test picture; or a camera: "
         "'picamera2[:NUMBER]' on libcamera boards, 'argus[:NUMBER]' on a Jetson's CSI port, 'v4l2[:/dev/videoN]' on USB (default: none)",
     )
-    run.add_argument("--speaker", metavar="DST", help="WAV file to write, 'live' or 'none' (default: live where there is one)")
+    run.add_argument(
+        "--speaker", metavar="DST", help="WAV file to write, 'live', 'live:DEVICE' or 'none' (default: live where there is one)"
+    )
     run.add_argument("--bridge", metavar="PORT", help="serial port of the microcontroller, or 'auto' (default: none; nothing moves)")
     run.add_argument(
         "--body",
@@ -179,6 +188,14 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help=f"holds the key to it and is its owner's alone (default: ${KEY_VARIABLE}, or no key)",
     )
     run.add_argument("--think-sound", action="store_true", help="also send it what the microphone heard in the last seconds")
+    run.add_argument(
+        "--playout-offset-ms",
+        type=_offset,
+        metavar="MS",
+        help=f"from a tick's edge to its speech; 'auto': from the engine's measured time, and raised when ticks come late"
+        f" (default: auto on live devices, {playout_offset.ON_FILES_MS} on files)",
+    )
+    run.add_argument("--echo-canceller", choices=("webrtc",), help="in front of the model, for rooms that need one (extra 'echo')")
     run.set_defaults(command_function=_run)
     _add_serve(commands)
     for module in (settings, doctor, logs, top, pull):
@@ -194,13 +211,6 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-priority", action="store_true", help="ask the kernel for no real-time priority, CPU or locked memory")
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the noise that the voice is made from (default: 0)")
-    parser.add_argument(
-        "--playout-offset-ms",
-        type=_natural,
-        default=PLAYOUT_OFFSET_MS,
-        metavar="MS",
-        help=f"from a tick's edge to its speech (default: {PLAYOUT_OFFSET_MS})",
-    )
     parser.add_argument(
         "--keys",
         metavar="FOLDER",
@@ -231,6 +241,13 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=_natural, default=8765, metavar="N", help="default: 8765; 0: any that is free")
     serve.add_argument("--no-token", action="store_true", help="whoever can connect may talk")
     serve.add_argument(
+        "--playout-offset-ms",
+        type=_natural,
+        default=playout_offset.ON_FILES_MS,
+        metavar="MS",
+        help=f"from a tick's edge to its speech (default: {playout_offset.ON_FILES_MS})",
+    )
+    serve.add_argument(
         "--jitter-buffer-ms",
         type=_natural,
         default=JITTER_BUFFER_MS,
@@ -238,13 +255,27 @@ def _add_serve(commands: Any) -> None:
         help=f"packets that are late by so much are in time; it adds to every reaction (default: {JITTER_BUFFER_MS})",
     )
     network = dict.fromkeys(("mic", "camera", "speaker", "master"), "network")
-    serve.set_defaults(command_function=_serve, clock="realtime", bridge=None, body=None, record_raw=False, think=None, text=[], **network)
+    serve.set_defaults(
+        command_function=_serve,
+        clock="realtime",
+        bridge=None,
+        body=None,
+        record_raw=False,
+        think=None,
+        echo_canceller=None,
+        text=[],
+        **network,
+    )
 
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def _offset(text: str) -> int | str:
+    return text if text == AUTO else _natural(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -270,13 +301,15 @@ def _run(arguments: argparse.Namespace) -> int:
         calibration = None
         if arguments.record_calibration is not None:
             calibration = CalibrationRecorder(arguments.record_calibration, config, bundle.digest, arguments.seed, patient=not realtime)
+        guard = _choose_offset(arguments, config, engine)
         recorder = _open_recorder(arguments, config)
         session = Session(config, engine, arguments.seed, _all([recorder.launch, *([] if calibration is None else [calibration.record])]))
         source, playout = _open_audio(arguments, config, ticker, stack)
         camera = open_camera(arguments.camera, config, patient=not realtime, origin_ns=lambda: ticker.origin_ns)
         stack.callback(camera.close)
         recording = Recording(arguments.speaker, rate_hz, patient=not realtime) if _is_file(arguments.speaker) else None
-        line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000)
+        canceller: Canceller | None = None if arguments.echo_canceller is None else WebRtcCanceller(rate_hz)
+        line = Line(config, source, playout, arguments.playout_offset_ms * rate_hz // 1000, canceller)
         actuator = _open_bridge(arguments.bridge, body, stack)
         steering = _steer(arguments.master, tick_ns, ticker, source, playout, actuator)
         header, senses = _header(bundle, arguments), Senses(config, line)
@@ -306,6 +339,7 @@ def _run(arguments: argparse.Namespace) -> int:
             thermometer=thermometer,
             watcher=Watch(notifier, senses, actuator if rolled_back else None),
             thinker=_open_reach(arguments, endpoint, config, stack),
+            offset=guard,
         )
         try:
             notices = _notices(bundle)
@@ -338,8 +372,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"serving needs a library that is not here ({error}); install the extra: pip install 'copresence[serve]'"
         ) from error
-    if max(arguments.playout_offset_ms, arguments.jitter_buffer_ms) > LONGEST_OFFSET_MS:
-        raise UsageError(f"--playout-offset-ms or --jitter-buffer-ms is beyond {LONGEST_OFFSET_MS}; give less")
+    if max(arguments.playout_offset_ms, arguments.jitter_buffer_ms) > playout_offset.LONGEST_MS:
+        raise UsageError(f"--playout-offset-ms or --jitter-buffer-ms is beyond {playout_offset.LONGEST_MS}; give less")
     token = None if arguments.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
     if token is not None and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):  # a browser hands it over as a WebSocket subprotocol
         raise UsageError(f"${TOKEN_VARIABLE} must be 8 letters, digits, or any of _ - . ~, at least")
@@ -377,15 +411,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     if events.fault:
         print(f"copresence: --events is incomplete: {events.fault}; free space or name another place", file=sys.stderr)
     return WRITE_ERROR if events.fault else 0
-
-
-def open_engine(folder: Path | None, bundle: Bundle, trust: Trust | None, stack: ExitStack) -> Engine:
-    """The TensorRT engine in `folder`, or without one ONNX Runtime on the bundle's graph."""
-    if folder is None:
-        return OnnxRuntimeEngine(bundle.graph, bundle.config)
-    from device.engine.tensorrt import TensorRtEngine
-
-    return stack.enter_context(TensorRtEngine(folder, bundle.config, bundle.digest, trust))
 
 
 def _open_recorder(arguments: argparse.Namespace, config: ModelConfig) -> FlightRecorder:
@@ -462,41 +487,48 @@ def _open_journal(
 
 
 def _is_file(choice: str | None) -> bool:
-    return choice not in (None, "none", "live")
+    return choice not in (None, "none") and not is_live(choice)
+
+
+def _live(arguments: argparse.Namespace) -> bool:
+    return is_live(arguments.mic) or is_live(arguments.speaker)
 
 
 def _choose_audio(arguments: argparse.Namespace) -> None:
     """Settle what was left open: this machine's own microphone and speaker where it has them. Raises UsageError."""
     options = ("mic", "speaker")
-    wanted = any(getattr(arguments, option) in (None, "live") for option in options)
+    wanted = any(getattr(arguments, option) in (None, LIVE) for option in options)
     there = available() if wanted and arguments.clock == "realtime" else (False, False)
     for option, has in zip(options, there, strict=True):
         choice = getattr(arguments, option)
-        if choice == "live" and not has:
+        if choice == LIVE and not has:
             raise UsageError(f"--{option} live: this machine has no such device; connect one, or give a file or 'none'")
         if choice is None:
-            setattr(arguments, option, "live" if has else "none")
+            setattr(arguments, option, LIVE if has else "none")
+
+
+def _choose_offset(arguments: argparse.Namespace, config: ModelConfig, engine: Engine) -> playout_offset.OffsetGuard | None:
+    """Settle the offset, and who watches it; a session begins after it, for its launches leave traces."""
+    if arguments.playout_offset_ms is None:
+        arguments.playout_offset_ms = AUTO if _live(arguments) else playout_offset.ON_FILES_MS
+    if arguments.playout_offset_ms != AUTO:
+        return None
+    arguments.playout_offset_ms = playout_offset.measure(config, engine)
+    return playout_offset.OffsetGuard(arguments.playout_offset_ms, config.tick_ms)
 
 
 def _open_audio(arguments: argparse.Namespace, config: ModelConfig, ticker: Ticker, stack: ExitStack) -> tuple[Source, Playout]:
     rate_hz = config.audio.sample_rate_hz
-    microphone = None
-    source: Source
-    if arguments.mic == "live":
-        source = microphone = LiveMicrophone(rate_hz, config.tick_samples)
-        stack.callback(microphone.close)
-    else:
-        source = SoundFile(arguments.mic, rate_hz) if _is_file(arguments.mic) else Silence()
-    if arguments.speaker != "live":
-        return source, VirtualPlayout(rate_hz, ticker.now_ns)
-    speaker = LiveSpeaker(rate_hz, microphone)
-    stack.callback(speaker.close)
-    return source, speaker
+    microphone, speaker = open_sound(
+        rate_hz, config.tick_samples, live_device(arguments.mic), live_device(arguments.speaker), arguments.master, stack
+    )
+    source: Source = microphone or (SoundFile(arguments.mic, rate_hz) if _is_file(arguments.mic) else Silence())
+    return source, speaker or VirtualPlayout(rate_hz, ticker.now_ns)
 
 
 def _choose_master(arguments: argparse.Namespace) -> None:
     """Settle whose clock it is, once the devices are known. Raises UsageError."""
-    live, body = "live" in (arguments.mic, arguments.speaker), arguments.bridge not in (None, "none")
+    live, body = _live(arguments), arguments.bridge not in (None, "none")
     if arguments.master is None:
         arguments.master = "audio" if live else "soc"
     if arguments.master == "audio" and not live:
@@ -546,14 +578,14 @@ def _open_reach(arguments: argparse.Namespace, endpoint: Endpoint | None, config
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
-    if arguments.playout_offset_ms > LONGEST_OFFSET_MS:
-        raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {LONGEST_OFFSET_MS}; give less")
+    if isinstance(arguments.playout_offset_ms, int) and arguments.playout_offset_ms > playout_offset.LONGEST_MS:
+        raise UsageError(f"--playout-offset-ms {arguments.playout_offset_ms} is beyond {playout_offset.LONGEST_MS}; give less")
     if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
         raise UsageError(f"--seconds {arguments.seconds} is not a length of time; give more than 0")
     if arguments.metrics_file is not None and arguments.events != "journal":
         raise UsageError("--metrics-file: metrics are made of the journal's statistics; give --events journal too")
     if arguments.clock == "simulated":
-        if "live" in (arguments.mic, arguments.speaker) or is_device(arguments.camera):
+        if _live(arguments) or is_device(arguments.camera):
             raise UsageError("a simulated clock cannot pace a live device; give a file or 'none', or --clock realtime")
         if arguments.bridge not in (None, "none"):
             raise UsageError("a simulated clock cannot pace a body; leave --bridge out, or give --clock realtime")
@@ -618,6 +650,7 @@ def _header(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
         "clock": arguments.clock,
         "master": arguments.master,
         "playout_offset_ms": arguments.playout_offset_ms,
+        "echo_canceller": arguments.echo_canceller or "none",
         "mic": arguments.mic,
         "camera": arguments.camera or "none",
         "speaker": arguments.speaker,

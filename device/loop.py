@@ -19,6 +19,7 @@ from device.config import ModelConfig
 from device.engine import Memory
 from device.events import Recording
 from device.ladder import LADDER, Ladder
+from device.playout_offset import OffsetGuard
 from device.reach.context import Tick
 from device.realtime import SlackCollector
 from device.recorder import NoRecorder
@@ -160,6 +161,7 @@ class Loop:
     thermometer: Thermometer | None = None
     watcher: Watcher | None = None
     thinker: Thinker = field(default_factory=NoThinker)
+    offset: OffsetGuard | None = None  # None: the playout offset stays as it is
 
     def __post_init__(self) -> None:
         self._rate_hz, self._tick_samples = self.config.audio.sample_rate_hz, self.config.tick_samples
@@ -271,7 +273,7 @@ class Loop:
         return bool(self._ended_by)
 
     def _gather(self, edge: Edge) -> tuple[Frames, float]:
-        self.line.gather(edge.tick)
+        self.line.gather(edge.tick, self.ticker.origin_ns + edge.edge_ns)
         self.ticker.steer(self.steering.shift_ns(self.ticker.origin_ns, edge.edge_ns))
         edge_s = self._edge_s(edge.tick)
         if not self.ladder.rung.camera:
@@ -314,6 +316,9 @@ class Loop:
                 "frame_age_s": round(times.frame_age_s, 3),
             }
         )
+        if self.offset is not None and (raised := self.offset.raised(edge.tick, times.late_samples)):
+            self.line.playout_offset_samples = self.offset.offset_ms * self._rate_hz // 1000
+            self._log({**raised, "tick": edge.tick})
         self._report_losses(edge.tick)
         self._report_body(edge.tick)
         for event in (*self.steering.take_events(), *self.recorder.take_events()):

@@ -166,7 +166,7 @@ class _Speaker(Playout):
     def start(self) -> None:
         """Nothing is played."""
 
-    def sync(self, end: int) -> None:
+    def sync(self, end: int, edge_ns: int) -> None:
         """Nothing is played."""
 
     def put(self, start: int, speech: Samples) -> int:

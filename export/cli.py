@@ -216,6 +216,14 @@ def _parser() -> argparse.ArgumentParser:
     rethink.add_argument("--pictures", type=int, metavar="N", help="only the first so many photographs")
     rethink.add_argument("--rooms", type=int, default=3, metavar="N", help="that each of them is shown in (default: 3)")
     rethink.set_defaults(run=_rethink)
+    echo = commands.add_parser("echo", help="how often it reacts to itself in rooms that return its speech; with a canceller too")
+    echo.add_argument("bundle", type=Path)
+    echo.add_argument("--data", type=Path, required=True, help="corpus folder")
+    echo.add_argument("--split", choices=("dev", "test"), default="test")
+    echo.add_argument("--scenes", type=int, default=40, help="of 19.2 s, each in a room of its own (default 40)")
+    echo.add_argument("--seed", type=int, default=0)
+    echo.add_argument("--out", type=Path, metavar="FOLDER", help="for echo.json and echo.md")
+    echo.set_defaults(run=_echo)
 
     scene = commands.add_parser("scene", help="make the demonstration's scene: synthetic voices and drawn hands")
     scene.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -396,6 +404,13 @@ def _rethink(a: argparse.Namespace) -> None:
 
     reader = Rereader.read(a.teacher)
     print(rethink(a.bundle, reader, a.data, a.split, a.pictures, a.rooms, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
+def _echo(a: argparse.Namespace) -> None:
+    from export.scoreboard.board import Progress
+    from export.scoreboard.echo import measure
+
+    print(measure(a.bundle, a.data, a.split, a.scenes, a.seed, a.out, Progress()))
 
 
 def _scene(a: argparse.Namespace) -> None:

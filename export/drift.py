@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from device.portaudio import Direction, Track
 from device.steering import Master, Stamp, Steering
 
 RATE_HZ = 16_000
@@ -53,15 +55,15 @@ class SimulatedCard:
             stream.call_back()
 
 
-class SimulatedStream:
-    """What `device.live_audio` sees of a stream: its newest callback before now."""
+class SimulatedStream(Track):
+    """A track whose callbacks come in simulated time: of those before now the newest is seen, with all samples up to it."""
 
-    def __init__(self, card: SimulatedCard) -> None:
-        self.period, self.position, self.silent = PERIOD, 0, False
-        self.counts: dict[str, int] = {}
+    def __init__(self, card: SimulatedCard, direction: Direction, block: Callable[[int, int], None] = lambda seen_ns, frames: None) -> None:
+        """`block(seen_ns, frames)` is called for what came or went since the one before, without any sound."""
+        super().__init__(direction, "", RATE_HZ, lambda *_: None)
+        self.silent = False
         self.lost = 0  # samples that the device never delivered
-        self.seen = (0, 0)
-        self._card = card
+        self._card, self._block = card, block
         random = np.random.default_rng((card.crystal.seed, len(card.streams)))
         self._late_ns = random.uniform(0, card.crystal.jitter_ns, DRAWS).tolist()
         self._luck, self._part = random.uniform(0, 1, DRAWS + 1).tolist(), random.uniform(0, 1, DRAWS + 2).tolist()  # no common period
@@ -78,23 +80,13 @@ class SimulatedStream:
             late_ns += part * SILENCE_NS
         captured = card.samples - (ago_ns + late_ns) * card.per_ns
         whole = int(captured // PERIOD) * PERIOD
-        seen_ns = card.own_ns - (card.samples - whole) / card.per_ns + late_ns
+        seen_ns = round(card.own_ns - (card.samples - whole) / card.per_ns + late_ns)
+        self._block(seen_ns, whole - self.lost - self.position)
         self.position = whole - self.lost
-        self.seen = (round(seen_ns), self.position)
+        self.seen = (seen_ns, self.position)
 
-    def now(self) -> int:
-        seen_ns, position = self.seen
-        return position + (round(self._card.own_ns) - seen_ns) * RATE_HZ // 1_000_000_000
-
-    def zero_s(self) -> float:
-        return 0.0
-
-    def stamp(self, origin: int) -> Stamp:
-        seen_ns, position = self.seen
-        return Stamp(seen_ns, (position - origin) * 1_000_000_000 // RATE_HZ, origin)
-
-    def close(self) -> None:
-        """Nothing to close."""
+    def elapsed_ns(self) -> int:
+        return round(self._card.own_ns) - self.seen[0]
 
 
 class SimulatedEdges:
@@ -126,13 +118,13 @@ class SimulatedEdges:
 def phase_errors_ms(crystal: Crystal, seconds: float) -> np.ndarray[Any, np.dtype[np.float64]]:
     """By how much each edge comes after the true one, which the master's own count tells."""
     card = SimulatedCard(crystal)
-    stream = SimulatedStream(card)
+    stream = SimulatedStream(card, "input")
     card.advance(1_000_000_000)
     origin = stream.position
 
     class Whole:
-        def stamp(self) -> Stamp:
-            return stream.stamp(origin)
+        def stamp(self) -> Stamp | None:
+            return stream.stamp(stream.ns(origin))
 
     edges = SimulatedEdges(card, Whole())
     errors = np.zeros(round(seconds * 1e9 / TICK_NS))

@@ -275,30 +275,42 @@ def test_a_session_with_another_tick_is_followed_in_rate_alone() -> None:
 
 
 class Devices:
-    """The product's own microphone and speaker on a simulated card, as the loop uses them, without the sound itself."""
+    """The product's own microphone and speaker, as the loop uses them, on simulated cards without the sound itself."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, crystal: Crystal) -> None:
+    def __init__(self, crystal: Crystal, speakers: Crystal | None = None) -> None:
+        """One card for both, or with `speakers` another one for the speaker."""
         self.card = SimulatedCard(crystal)
-        monkeypatch.setattr(live_audio, "_Stream", lambda rate_hz, direction, exchange: SimulatedStream(self.card))
+        self.other = self.card if speakers is None else SimulatedCard(speakers)
         self.mic = LiveMicrophone(RATE_HZ, TICK)
         self.speaker = LiveSpeaker(RATE_HZ, self.mic)
-        self.capture, self.play = self.card.streams
-        self.card.advance(1_000_000_000)
+        self.capture = SimulatedStream(self.card, "input")
+        self.play = SimulatedStream(self.other, "output", lambda seen_ns, frames: self.speaker.advance(0, frames, seen_ns))
+        self.mic.track, self.speaker.track = self.capture, self.play
+        self._advance(1_000_000_000)
         self.mic.start()
         self.speaker.start()
         self.edges = SimulatedEdges(self.card, self.mic)
 
+    def _advance(self, own_ns: int) -> None:
+        for card in {id(card): card for card in (self.card, self.other)}.values():
+            card.advance(own_ns)
+
     def tick(self) -> None:
-        self.edges.wait()
+        edge_ns = self.edges.wait()
+        if self.other is not self.card:
+            self.other.advance(edge_ns)
         self.mic.sync(self.edges.end)
-        self.speaker.sync(self.edges.end)
+        self.speaker.sync(self.edges.end, edge_ns)
 
     def counts(self) -> dict[str, int]:
         return {**self.mic.counts, **self.speaker.counts}
 
 
-def test_in_a_day_no_sample_is_lost_or_invented_and_no_ring_runs_over_or_dry(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = Devices(monkeypatch, Crystal(250, ramp_ppm=-60, silences=0.005))
+@pytest.mark.parametrize(
+    "speakers", [None, Crystal(-240, ramp_ppm=60, silences=0.005, seed=7), Crystal(249, silences=0.005, seed=8)], ids=["one card", *"fs"]
+)
+def test_in_a_day_no_sample_is_lost_or_invented_and_no_ring_runs_over_or_dry(speakers: Crystal | None) -> None:
+    devices = Devices(Crystal(250, ramp_ppm=-60, silences=0.005), speakers)
     mic, speaker, edges = devices.mic, devices.speaker, devices.edges
     origins = mic.origin, speaker.origin
     ahead, waiting, off = [], [], []
@@ -307,7 +319,9 @@ def test_in_a_day_no_sample_is_lost_or_invented_and_no_ring_runs_over_or_dry(mon
         captured = devices.capture.position - mic.origin
         if not devices.capture.silent:
             ahead.append(captured - edges.end)  # of the ring's reader, which takes what lies before the end
-        waiting.append(edges.end + OFFSET - (devices.play.now() - speaker.origin))  # until the speaker takes what is put now
+        waiting.append(
+            edges.end + OFFSET - (speaker.reached(devices.play.elapsed_ns()) - speaker.origin)
+        )  # until the speaker takes what is put now
         off.append(devices.card.samples - mic.origin - edges.end - live_audio.MARGIN_MS * RATE_HZ // 1000)
         edges.steer()
     counts = devices.counts()
@@ -320,15 +334,15 @@ def test_in_a_day_no_sample_is_lost_or_invented_and_no_ring_runs_over_or_dry(mon
     assert min(waiting[settled]) > OFFSET // 2 and max(waiting) + TICK < speaker._waiting.capacity, "the speaker's ring"
 
 
-def test_without_steering_a_day_is_not_survived(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = Devices(monkeypatch, Crystal(250))
+def test_without_steering_a_day_is_not_survived() -> None:
+    devices = Devices(Crystal(250))
     for _ in range(HOUR):
         devices.tick()
     assert devices.counts()["dropped_samples"] > 0, "or the test above could not fail"
 
 
-def test_lost_time_is_silence_of_the_same_length_and_late_samples_find_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = Devices(monkeypatch, Crystal(50, jitter_ns=1_000_000))
+def test_lost_time_is_silence_of_the_same_length_and_late_samples_find_their_place() -> None:
+    devices = Devices(Crystal(50, jitter_ns=1_000_000))
     for k in range(1000):
         if k == 500:
             devices.capture.lost = 4 * TICK  # the device was gone for 0.8 s, and counts on

@@ -63,7 +63,7 @@ def test_programs_answer(name: str) -> None:
 def test_every_library_is_a_dependency_of_its_role(repository: Path, project: dict[str, Any]) -> None:
     """What each package imports is what its extras install, so that a board or a workstation gets no ImportError."""
     roles = {
-        "device": ("board", "jetson", "libcamera"),
+        "device": ("board", "echo", "jetson", "libcamera"),
         "device/boot": ("board",),
         "device/camera": ("board", "jetson", "libcamera"),
         "device/engine": ("jetson",),

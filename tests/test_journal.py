@@ -423,7 +423,7 @@ def test_a_defect_in_the_loop_is_told_before_the_process_ends(
                 raise RuntimeError("boom")
             super().run()
 
-    monkeypatch.setattr("device.cli.OnnxRuntimeEngine", Broken)
+    monkeypatch.setattr("device.engine.opening.OnnxRuntimeEngine", Broken)
     options = ["--mic", "none", "--speaker", "none", "--seconds", "2", "--no-priority", "--events", "journal"]
     with pytest.raises(RuntimeError, match="boom"):
         main(["run", "--bundle", str(write_bundle(tmp_path / "echo")), *options])

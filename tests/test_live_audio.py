@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,8 @@ import pytest
 import soundfile
 from test_loop import RATE, TICK, noise, write_bundle
 
+from device import loopback
+
 NEEDED = ("pulseaudio", "pactl", "paplay", "parec")
 
 pytestmark = [
@@ -30,10 +33,9 @@ pytestmark = [
 Environment = dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A PulseAudio server of our own: null sinks `room`, whose monitor is the default microphone, and `speaker`, the default output."""
-    folder = tmp_path_factory.mktemp("pulse")
+@contextlib.contextmanager
+def pulseaudio(folder: Path, *modules: str) -> Iterator[Environment]:
+    """A PulseAudio server of our own with these modules; programs get at it by the environment."""
     socket = folder / "socket"
     (folder / ".asoundrc").write_text("pcm.!default { type pulse }\nctl.!default { type pulse }\n")
     environment = {
@@ -44,25 +46,29 @@ def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environme
         "PULSE_LATENCY_MSEC": "20",  # without it the plugin moves two seconds at a time
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    modules = [
-        f"module-native-protocol-unix socket={socket} auth-anonymous=1",
-        "module-null-sink sink_name=room rate=16000 channels=1",
-        "module-null-sink sink_name=speaker rate=16000 channels=1",
-    ]
-    command = ["pulseaudio", "-n", "--daemonize=no", "--exit-idle-time=-1", "--disable-shm=yes", *(f"--load={m}" for m in modules)]
+    loads = [f"--load={module}" for module in (f"module-native-protocol-unix socket={socket} auth-anonymous=1", *modules)]
+    command = ["pulseaudio", "-n", "--daemonize=no", "--exit-idle-time=-1", "--disable-shm=yes", *loads]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while subprocess.run(["pactl", "info"], env=environment, capture_output=True).returncode:
             if time.monotonic() > deadline or server.poll() is not None:
                 pytest.skip("PulseAudio does not start here")
             time.sleep(0.1)
-        for default in (["set-default-source", "room.monitor"], ["set-default-sink", "speaker"]):
-            subprocess.run(["pactl", *default], env=environment, check=True)
         yield environment
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """Null sinks `room`, whose monitor is the default microphone, and `speaker`, the default output."""
+    sinks = [f"module-null-sink sink_name={name} rate=16000 channels=1" for name in ("room", "speaker")]
+    with pulseaudio(tmp_path_factory.mktemp("pulse"), *sinks) as environment:
+        for default in (["set-default-source", "room.monitor"], ["set-default-sink", "speaker"]):
+            subprocess.run(["pactl", *default], env=environment, check=True)
+        yield environment
 
 
 @pytest.fixture
@@ -118,13 +124,15 @@ def test_nothing_is_lost_silently(sound_server: Environment, bundle: Path, tmp_p
 LISTEN_TO_ONESELF = """
 import sys
 import numpy as np
-from device.live_audio import LiveMicrophone, LiveSpeaker
+from contextlib import ExitStack
+from device.live_audio import open_sound
 from device.steering import Steering
 from device.ticker import RealtimeTicker
 
 tick, ticks = 3200, 15
-mic = LiveMicrophone(16000, tick)
-speaker, ticker, steering = LiveSpeaker(16000, mic), RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
+stack = ExitStack()
+mic, speaker = open_sound(16000, tick, "", "", "audio", stack)
+ticker, steering = RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
 captured, voice = np.zeros((ticks, tick), np.float32), np.zeros((ticks, tick), np.float32)
 random = np.random.default_rng(0)
 for device in (mic, speaker, ticker):
@@ -133,13 +141,12 @@ for k in range(ticks):
     edge = ticker.wait(k)
     end = edge.tick * tick + tick
     mic.sync(end)
-    speaker.sync(end)
+    speaker.sync(end, ticker.origin_ns + edge.edge_ns)
     ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
     mic.read(end - tick, captured[k])
     speaker.heard(end - tick, voice[k])
     speaker.put(end + 1600, random.uniform(-0.5, 0.5, tick).astype(np.float32))
-for device in (mic, speaker):
-    device.close()
+stack.close()
 np.save(sys.argv[1], np.stack([captured.ravel(), voice.ravel()]))
 """
 
@@ -151,6 +158,146 @@ def test_voice_is_what_the_microphone_hears_of_it(sound_server: Environment, tmp
     found = lags(mic, voice[RATE:], RATE // 8)
     assert len(found) >= 4
     assert abs(np.median(np.array(found) + RATE)) <= 80, "within 5 ms"
+
+
+LISTEN_TO_CHIRPS = """
+import sys
+from contextlib import ExitStack
+import numpy as np
+from device import loopback
+from device.live_audio import open_sound
+
+loopback.CHIRPS = 16
+with ExitStack() as stack:
+    mic, speaker = open_sound(16000, 3200, "", "", "audio", stack)
+    heard, voice, due = loopback._play(16000, 200, 150, mic, speaker, stack)
+np.savez(sys.argv[1], heard=heard, voice=voice, due=due)
+"""
+
+
+def test_a_chirp_is_in_voice_within_a_millisecond_of_where_the_microphone_hears_it(sound_server: Environment, tmp_path: Path) -> None:
+    environment = {**sound_server, "PULSE_SOURCE": "speaker.monitor"}  # the echo path: a wire
+    for _ in range(3):  # on a machine at its limit the server itself stutters
+        command = [sys.executable, "-c", LISTEN_TO_CHIRPS, str(tmp_path / "heard.npz")]
+        subprocess.run(command, env=environment, check=True, timeout=90)
+        kept = np.load(tmp_path / "heard.npz")
+        apart = []
+        for start in kept["due"]:
+            found = [loopback._find(kept[name][start : start + 3 * TICK], loopback.chirp(RATE)) for name in ("heard", "voice")]
+            if all(found):
+                apart.append((found[0][0] - found[1][0]) * 1000 / RATE)
+        print(np.round(apart, 2))
+        if len(apart) >= 8 and np.percentile(np.abs(apart), 75) <= 1:
+            return
+    pytest.fail(f"chirps are apart by {apart} ms")
+
+
+def test_a_loopback_is_measured_and_the_floor_is_printed(sound_server: Environment) -> None:
+    environment = {**sound_server, "PULSE_SOURCE": "speaker.monitor"}
+    command = [sys.executable, "-m", "device.cli", "doctor", "--loopback", "--playout-offset-ms", "150"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("reaction floor") and "= tick 200 + offset 150 + hardware" in last
+    level = next(line for line in done.stdout.splitlines() if line.startswith("level"))
+    assert abs(float(level.split()[1])) < 1.5, "a wire"
+
+
+LONG_TICK = 3200  # of the program below
+
+# One card with microphone and speaker: a null sink, whose monitor hears what it plays. It is taken away, and comes back.
+UNPLUG = """
+import json, subprocess, sys, time
+from contextlib import ExitStack
+import numpy as np
+from scipy.signal import chirp
+from device.live_audio import open_sound
+from device.steering import Steering
+from device.ticker import RealtimeTicker
+
+TICK, LIMIT = 3200, 400
+SINK = ["module-null-sink", "sink_name=card", "rate=16000", "channels=1", "norewinds=1"]
+stack, steps = ExitStack(), []
+mic, speaker = open_sound(16000, TICK, "", "", "audio", stack)
+ticker, steering = RealtimeTicker(200_000_000), Steering(200_000_000, mic, "audio")
+captured, voice = np.zeros((LIMIT, TICK), np.float32), np.zeros((LIMIT, TICK), np.float32)
+sound = np.zeros(TICK, np.float32)
+sound[:1600] = 0.5 * chirp(np.arange(1600) / 16000, 300, 0.1, 5000) * np.hanning(1600)
+for device in (mic, speaker, ticker):
+    device.start()
+
+def pactl(*words):
+    return subprocess.run(["pactl", *words], check=True, capture_output=True, text=True).stdout
+
+def run(until):
+    edge = ticker.wait(run.tick)
+    end = edge.tick * TICK + TICK
+    mic.sync(end)
+    speaker.sync(end, ticker.origin_ns + edge.edge_ns)
+    ticker.steer(steering.shift_ns(ticker.origin_ns, edge.edge_ns))
+    if edge.tick >= LIMIT:
+        sys.exit("it did not come back")
+    mic.read(end - TICK, captured[edge.tick])
+    speaker.heard(end - TICK, voice[edge.tick])
+    speaker.put(end + 1600, sound)
+    run.tick = edge.tick + 1
+    return until()
+
+run.tick = 0
+while not run(lambda: run.tick >= 12):
+    pass
+steps.append(run.tick)
+pactl("unload-module", "module-null-sink")
+gone = mic.counts["inserted_samples"], speaker.counts["unplayed_samples"]
+while not run(lambda: min(mic.counts["inserted_samples"] - gone[0], speaker.counts["unplayed_samples"] - gone[1]) >= 8 * TICK):
+    pass
+pactl("load-module", *SINK)
+steps.append(run.tick)
+begin = time.monotonic()
+back = []
+while not run(lambda: len(back) == 2):
+    for device in (mic, speaker):
+        if device not in back and device.track.elapsed_ns() < 2e8 and device.track.settled.is_set():
+            back.append(device)
+took_s = time.monotonic() - begin
+steps.append(run.tick)
+while not run(lambda: run.tick >= steps[-1] + 12):
+    pass
+stack.close()
+np.save(sys.argv[1], np.stack([captured[:run.tick].ravel(), voice[:run.tick].ravel(), np.resize(sound, run.tick * TICK)]))
+print(json.dumps({"steps": steps, "took_s": took_s, **mic.counts, **speaker.counts}))
+"""
+
+
+def chirps(sound: np.ndarray, chirp: np.ndarray) -> list[int]:
+    """Where in `sound` it is found, once in each two ticks."""
+    found = []
+    for start in range(0, len(sound) - 2 * LONG_TICK, 2 * LONG_TICK):
+        part = sound[start : start + 2 * LONG_TICK]
+        match = np.correlate(part, chirp, "valid")
+        best = int(np.argmax(match))
+        if match[best] > 0.7 * np.linalg.norm(chirp) * np.linalg.norm(part[best : best + len(chirp)]) > 0.1:
+            found.append(start + best)
+    return found
+
+
+def test_a_card_that_is_pulled_out_is_silence_and_back_when_it_is_plugged_in(tmp_path: Path) -> None:
+    with pulseaudio(tmp_path, "module-null-sink sink_name=card rate=16000 channels=1 norewinds=1") as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", UNPLUG, str(tmp_path / "heard.npy")], env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    print(f"back after {told['took_s']:.2f} s")
+    mic, voice, sound = np.load(tmp_path / "heard.npy")
+    away, plugged, back = (step * LONG_TICK for step in told["steps"])
+    assert told["input_reopened"] >= 1 and told["output_reopened"] >= 1
+    assert told["input_callback_errors"] == told["output_callback_errors"] == 0
+    gone = slice(away + 2 * LONG_TICK, plugged)
+    assert not mic[gone].any() and not voice[gone].any(), "silence, of the same length"
+    for stream in (mic, voice):
+        assert len(chirps(stream[back:], sound[:1600])) >= 3, "and everything is as before"
+    assert told["inserted_samples"] >= plugged - away - 4 * LONG_TICK, "and counted"
 
 
 def test_the_ticks_follow_the_sound_devices_clock(sound_server: Environment, bundle: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from device.config import ConfigError, ModelConfig, TextConfig, TrunkConfig
 from device.engine import HostMemory, OnnxRuntimeEngine, allocate
 from device.events import Background, EventLog, Recording
 from device.loop import Loop, NoActuator, TextQueue
+from device.playout_offset import OffsetGuard
 from device.positions import clock_features, rope_table, tick_noise
 from device.session import Session
 from device.steering import Steering
@@ -306,6 +307,7 @@ class Run:
         realtime: bool = True,
         sound: np.ndarray | None = None,
         late: Callable[[int], int] | None = None,
+        offset: OffsetGuard | None = None,
     ) -> None:
         tick_ns = CONFIG.tick_ms * 1_000_000
         ticker = RealtimeTicker(tick_ns) if realtime else SimulatedTicker(tick_ns)
@@ -337,6 +339,7 @@ class Run:
             recording=Recording(str(folder / "out.wav"), RATE, patient=True),
             seconds=seconds,
             stop=threading.Event(),
+            offset=offset,
         )
         self.summary = self.loop.run({"event": "header"})
         log.close()

@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_one_mistake(tmp_path: Path) -> None:
 def test_what_the_file_leaves_out_is_the_default(tmp_path: Path) -> None:
     settings = Settings.read(write(tmp_path, '[audio]\nspeaker = "none"\n'))
     arguments = settings.arguments()
-    assert (arguments["speaker"], arguments["mic"], arguments["playout_offset_ms"]) == ("none", "live", 60)
+    assert (arguments["speaker"], arguments["mic"], arguments["playout_offset_ms"]) == ("none", "live", "auto")
     assert (arguments["no_priority"], arguments["master"]) == (False, None)
 
 

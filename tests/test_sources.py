@@ -64,10 +64,10 @@ def test_a_tick_begins_with_the_samples_before_it_and_lost_ticks_are_passed_over
     soundfile.write(tmp_path / "in.wav", sound, RATE, subtype="FLOAT")
     source, context = SoundFile(tmp_path / "in.wav", RATE), CONFIG.context_samples
     line = Line(CONFIG, source, VirtualPlayout(RATE, lambda: 0), 0)
-    line.gather(0)
+    line.gather(0, 0)
     np.testing.assert_array_equal(line.mic, np.concatenate([np.zeros(context, np.float32), sound[:TICK]]))
     for tick in (1, 2, 33):
-        line.gather(tick)
+        line.gather(tick, 0)
         np.testing.assert_array_equal(line.mic, sound[tick * TICK - context : (tick + 1) * TICK])
 
 
@@ -93,7 +93,7 @@ class Clock:
 
 def heard(playout: VirtualPlayout, start: int, count: int) -> np.ndarray:
     out = np.empty(count, np.float32)
-    playout.sync(start + count)
+    playout.sync(start + count, 0)
     playout.heard(start, out)
     return out
 

@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from device import thermal
+from device import playout_offset, thermal
 from device.bundle import Bundle, BundleError
 from device.camera import is_device, is_recording
-from device.config import ConfigError
+from device.config import AudioConfig, ConfigError, ModelConfig
+from device.engine.opening import open_engine
 from device.engine.record import RECORD_NAME
 from device.field import board
 from device.field.settings import SETTINGS_FILE, Settings, SettingsError, mistakes
-from device.live_audio import available
+from device.live_audio import LIVE, live_device
+from device.loopback import Loopback, LoopbackError, measure_loopback, render
+from device.portaudio import available
 from device.realtime import PRIORITY
 from device.signature import KeyFileError, Trust, VersionMemoryError
 from device.tensors import TensorMismatch
@@ -100,12 +103,22 @@ def add_command(commands: Any) -> None:
     """`copresence doctor`."""
     command = commands.add_parser("doctor", help="what is wrong with this board, and what to do about it")
     command.add_argument("--json", action="store_true", help="the findings as JSON")
+    command.add_argument(
+        "--loopback", action="store_true", help="instead: latency and level from speaker to microphone, by chirps, and the reaction floor"
+    )
+    command.add_argument("--bundle", help="of --loopback: whose tick and engine it is for (default: the configuration's, if it is there)")
+    command.add_argument("--mic", metavar="SRC", default=LIVE, help="of --loopback: 'live' (default) or 'live:DEVICE'")
+    command.add_argument("--speaker", metavar="DST", default=LIVE, help="of --loopback: 'live' (default) or 'live:DEVICE'")
+    command.add_argument("--playout-offset-ms", type=int, metavar="MS", help="of --loopback (default: measured)")
     command.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help=f"default: {SETTINGS_FILE}")
     command.set_defaults(command_function=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0 if all is well, 1 with warnings, 2 if something is bad."""
+    if arguments.loopback:
+        print(render(_loopback(arguments)))
+        return 0
     findings = examine(Place(arguments.config))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1, ensure_ascii=False))
@@ -113,6 +126,24 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(sentence(finding, sys.stdout.isatty()))
     return max(STATUS_OF[finding.level] for finding in findings)
+
+
+def _loopback(arguments: argparse.Namespace) -> Loopback:
+    """Raises LoopbackError, AudioDeviceError, and what opening a bundle and its engine raises."""
+    settings = Place(arguments.config).settings
+    rate_hz, tick_ms = AudioConfig().sample_rate_hz, ModelConfig.tick_ms
+    offset_ms = arguments.playout_offset_ms or settings["audio.playout_offset_ms"]
+    mic, speaker = live_device(arguments.mic), live_device(arguments.speaker)
+    if mic is None or speaker is None:
+        raise LoopbackError("--loopback: --mic and --speaker are 'live' or 'live:DEVICE'; a file returns no sound")
+    if arguments.bundle is not None or Path(settings["bundle.path"]).is_dir():
+        bundle = Bundle.open(arguments.bundle or settings["bundle.path"], unproven=True)
+        rate_hz, tick_ms = bundle.config.audio.sample_rate_hz, bundle.config.tick_ms
+        if not offset_ms:
+            with contextlib.ExitStack() as stack:
+                engine = open_engine(None if arguments.bundle else settings.engine_folder(), bundle, None, stack)
+                offset_ms = playout_offset.measure(bundle.config, engine)
+    return measure_loopback(rate_hz, tick_ms, offset_ms or playout_offset.ON_FILES_MS, mic, speaker)
 
 
 def sentence(finding: Finding, colours: bool = False) -> str:

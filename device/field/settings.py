@@ -72,9 +72,23 @@ SETTINGS = (
     ),
     Setting("engine.target", "", "The board, for TensorRT: a name in export/targets.toml, such as orin-nano-super."),
     Setting("engine.folder", "/var/lib/copresence-engine/engine", "Where the engine is kept that was built on this board."),
-    Setting("audio.microphone", "live", "live, none, or a sound file.", "mic"),
-    Setting("audio.speaker", "live", "live, none, or a WAV file to write.", "speaker"),
-    Setting("audio.playout_offset_ms", 60, "From a tick's edge to its speech.", "playout_offset_ms", low=0, high=1000),
+    Setting("audio.microphone", "live", "live, live:DEVICE (its index or name), none, or a sound file.", "mic"),
+    Setting("audio.speaker", "live", "live, live:DEVICE, none, or a WAV file to write.", "speaker"),
+    Setting(
+        "audio.playout_offset_ms",
+        0,
+        "From a tick's edge to its speech. 0: from the engine's measured time, and raised when ticks come late.",
+        "playout_offset_ms",
+        low=0,
+        high=1000,
+    ),
+    Setting(
+        "audio.echo_canceller",
+        "none",
+        "In front of the model, for rooms that need one: webrtc is in the extra 'echo'.",
+        "echo_canceller",
+        choices=("none", "webrtc"),
+    ),
     Setting(
         "camera.source",
         "none",
@@ -159,6 +173,8 @@ class Settings:
         found["keys"] = found["keys"] or None
         found["engine"] = self.engine_folder()
         found["think"] = found["think"] or None
+        found["playout_offset_ms"] = found["playout_offset_ms"] or "auto"
+        found["echo_canceller"] = None if found["echo_canceller"] == "none" else found["echo_canceller"]
         for name in ("metrics_file", "body", "think_key_file"):
             found[name] = Path(found[name]) if found[name] else None
         return found

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
-from device.audio import Line, Samples, Source, VirtualPlayout
+from device.audio import Canceller, Line, Samples, Source, VirtualPlayout
 from device.config import ModelConfig
 from device.engine import Buffers, Engine
 from device.loop import Loop, NoActuator, NoThinker, TextQueue, Thinker
@@ -134,12 +134,13 @@ def play(
     seed: int,
     record: Callable[[int, Buffers], None] | None = None,
     thinker: Thinker | None = None,
+    canceller: Canceller | None = None,
 ) -> Run:
     """A scene through the device's own loop: its microphone hears the room and the echo of what the speaker really played."""
     rate_hz, tick_s = c.audio.sample_rate_hz, c.tick_ms / 1000
     ticker = SimulatedTicker(c.tick_ms * 1_000_000)
     playout = VirtualPlayout(rate_hz, ticker.now_ns)
-    line = Line(c, SceneMicrophone(scene, c.context_samples, playout), playout, PLAYOUT_OFFSET_MS * rate_hz // 1000)
+    line = Line(c, SceneMicrophone(scene, c.context_samples, playout), playout, PLAYOUT_OFFSET_MS * rate_hz // 1000, canceller)
     events, played = _Events(), _Played()
     loop = Loop(
         config=c,
