@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from device.cli import parse_text
+from device.commands.run import parse_text
 from device.config import TextConfig
 from export.demo import EVENTS, LENGTH_S, OUT_WAV, PICTURE, RATE_HZ, SCENE_VIDEO, SCENE_WAV, TEXT, draw_timeline, make_scene, report
 from export.distill.behaviours import ACTS, WORDS

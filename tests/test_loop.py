@@ -25,7 +25,8 @@ from test_sources import write_video
 from device.audio import Line, Silence, SoundFile, VirtualPlayout
 from device.bundle import FORMAT, GRAPH_NAME, MANIFEST_NAME, Bundle, BundleError, ChangedFile, NewerFormat, NotABundle
 from device.camera import NoCamera
-from device.cli import main, parse_text
+from device.cli import main
+from device.commands.run import parse_text
 from device.config import ConfigError, ModelConfig, TextConfig, TrunkConfig
 from device.engine import HostMemory, OnnxRuntimeEngine, allocate
 from device.events import Background, EventLog, Recording

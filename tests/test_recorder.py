@@ -453,7 +453,7 @@ def test_lost_ticks_and_the_ladder_are_replayed_too(bundle: Path, tmp_path: Path
         ticker.spend(1.5 if 20 <= ticker.now_ns() // TICK_NS < 100 else 0.1)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "run", slow)
-    monkeypatch.setattr("device.cli.SimulatedTicker", lambda tick_ns: ticker)
+    monkeypatch.setattr("device.commands.run.SimulatedTicker", lambda tick_ns: ticker)
     dump = Dump.read(recorded_run(bundle, tmp_path, "--record-raw", seconds="25"))
     assert {times.rung for times, *_ in dump.ticks} == {0, 1, 2}
     monkeypatch.setattr(OnnxRuntimeEngine, "run", run)

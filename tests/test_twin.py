@@ -403,7 +403,12 @@ def deliver(twin: Twin, release: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "file", "old", "new"),
     [
-        ("crashes", "device/cli.py", "    trust = Trust.of_machine(", '    raise RuntimeError("broken")\n    trust = Trust.of_machine('),
+        (
+            "crashes",
+            "device/commands/run.py",
+            "    trust = Trust.of_machine(",
+            '    raise RuntimeError("broken")\n    trust = Trust.of_machine(',
+        ),
         ("dawdles", "device/loop.py", STEP, STEP + '        __import__("time").sleep(0.4)\n'),
     ],
     ids=["crashes", "dawdles"],

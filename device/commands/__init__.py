@@ -1,0 +1,1 @@
+"""What `copresence` does, one module for each command; a field engineer's are in device/field/."""
