@@ -216,7 +216,7 @@ $(VENV)/.flash: pyproject.toml $(VENV)/.demo | $(BIN)/python
 	@touch $@
 
 $(VENV)/.setup: pyproject.toml | $(BIN)/python
-	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 \
+	.ci/packages espeak-ng gcc g++ python3-dev portaudio19-dev pulseaudio libasound2-plugins rt-tests libjemalloc2 libsamplerate0 \
 		gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm cppcheck stress-ng rsync \
 		pkg-config libgirepository1.0-dev libcairo2-dev gir1.2-gstreamer-1.0 gstreamer1.0-plugins-base
 	@.ci/packages debootstrap systemd-container eatmydata || echo "Going on without a twin: the tests that flash one are skipped."

@@ -205,7 +205,7 @@ def test_a_hushed_speaker_is_silent_until_it_has_paused() -> None:
         assert speaker.speech.any() == heard
     now[0] = 5 * TICK_NS
     played = np.zeros(5 * TICK, np.float32)
-    speaker.sync(5 * TICK)
+    speaker.sync(5 * TICK, now[0])
     speaker.heard(0, played)
     assert [bool(part.any()) for part in played.reshape(5, TICK)] == [False, True, False, False, True], "the model hears what was played"
 
