@@ -136,6 +136,11 @@ def test_conditions_take_and_give_what_they_say(scene: Scene, monkeypatch: pytes
         assert given.canceller is False or cleaned[-1], "the canceller is given the voice even where the model is not"
 
 
+def test_what_an_echo_does_can_be_told_from_what_lacking_the_voice_does() -> None:
+    given = set(CONDITIONS.values())
+    assert {condition._replace(echo=False) for condition in given if not condition.canceller} <= given
+
+
 def test_the_table_has_all_conditions_and_levels() -> None:
     heard = [Heard(name, level, 19.2, 10, int(name == "nothing"), 2, 6, 8) for name in CONDITIONS for level in LEVELS_DB]
     rows = summarise(heard)

@@ -149,10 +149,15 @@ def test_a_journal_that_cannot_be_read_is_one_line(
     assert "make logs HOST=user@board" in capsys.readouterr().err
 
 
+def heed_interrupts() -> None:
+    """In a child, as from a terminal: what runs in a shell's background ignores SIGINT, and so would the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def follow(journal: Journal) -> subprocess.Popen[str]:
     """`copresence logs --follow`, once it has shown all that there is."""
     command = [sys.executable, "-m", "device.cli", "logs", "--follow"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     assert child.stdout is not None
     for _ in range(7):
         assert child.stdout.readline()

@@ -132,7 +132,7 @@ def _loopback(arguments: argparse.Namespace) -> Loopback:
     """Raises LoopbackError, AudioDeviceError, and what opening a bundle and its engine raises."""
     settings = Place(arguments.config).settings
     rate_hz, tick_ms = AudioConfig().sample_rate_hz, ModelConfig.tick_ms
-    offset_ms = arguments.playout_offset_ms or settings["audio.playout_offset_ms"]
+    offset_ms = settings["audio.playout_offset_ms"] if arguments.playout_offset_ms is None else arguments.playout_offset_ms
     mic, speaker = live_device(arguments.mic), live_device(arguments.speaker)
     if mic is None or speaker is None:
         raise LoopbackError("--loopback: --mic and --speaker are 'live' or 'live:DEVICE'; a file returns no sound")

@@ -44,6 +44,8 @@ class Condition(NamedTuple):
 
 CONDITIONS = {
     "no echo": Condition(echo=False, voice=True, canceller=False),
+    # What lacking its own voice does by itself: only what "nothing" is beyond this is the echo's work.
+    "no echo, no voice": Condition(echo=False, voice=False, canceller=False),
     "nothing": Condition(echo=True, voice=False, canceller=False),
     "voice": Condition(echo=True, voice=True, canceller=False),
     "AEC3": Condition(echo=True, voice=False, canceller=True),
