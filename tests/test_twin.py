@@ -199,7 +199,8 @@ def test_a_first_flash_brings_an_empty_board_to_life(board: Twin, workshop: Work
     assert (status["versions"]["mic"], status["versions"]["speaker"]) == ("live", "live")
     later = until(lambda: (s := board.status()) and s["stats"]["ticks"] > status["stats"]["ticks"] + 5 and s, "it to tick")
     assert later["stats"]["camera_s"] < 1, "it sees the camera's newest frame"
-    assert later["health"]["microphone"] and later["health"]["speaker"] and later["health"]["engine"]
+    parts = ("microphone", "speaker", "engine")
+    until(lambda: (s := board.status()) and all(s["health"][part] for part in parts), "all of it to be alive")
 
 
 def test_a_field_engineer_asks_it_over_ssh(board: Twin, tmp_path: Path) -> None:
