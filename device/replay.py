@@ -10,7 +10,7 @@ import numpy as np
 
 from device.audio import Line, Playout, Samples, Source
 from device.bundle import Bundle
-from device.camera import Frames
+from device.camera import Frames, NoCamera
 from device.config import ModelConfig
 from device.dump import Dump, DumpError
 from device.engine import Buffers, Engine, Memory
@@ -176,25 +176,18 @@ class _Speaker(Playout):
         out[...] = self._tape.tensors.get("voice", 0)
 
 
-class _Camera:
-    resting = False
-    exposed_ns: int | None = None
-    end_s: float | None = None
-    fault: str | None = None
+class _Camera(NoCamera):
+    """What was seen, or black where the dump has no pictures."""
 
     def __init__(self, tape: _Tape) -> None:
-        video = tape.config.video
-        self._tape, self._black = tape, np.zeros((video.frames, video.height, video.width, 3), np.uint8)
-        self.counts: dict[str, int] = {}
+        super().__init__(tape.config)
+        self._tape = tape
 
     def frames_at(self, edge_s: float) -> tuple[Frames, float]:
         tensors = self._tape.tensors
         if "frames" not in tensors:
-            return self._black, self._tape.times.frame_age_s
+            return super().frames_at(edge_s)[0], self._tape.times.frame_age_s
         return tensors["frames"], float(tensors["frame_age"][0])
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class _Text(TextQueue):

@@ -294,7 +294,7 @@ def _open_journal(
             "speaker": calls_back(playout),
             "engine": board.verified(bundle.digest),
         },
-        temperatures=lambda: {} if thermometer is None else thermometer.newest().get("zones_c", {}),
+        heat=dict if thermometer is None else thermometer.newest,
     )
     return Journal(statistics, header, lambda: _firmware(actuator), metrics_file)
 

@@ -25,9 +25,6 @@ class UsageError(ValueError):
     """Arguments that do not go together; the text says what to give instead."""
 
 
-# Anything else is a defect and keeps its traceback.
-
-
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """What every command takes that runs a bundle."""
     parser.add_argument(
@@ -52,6 +49,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def natural(text: str) -> int:
+    """A type of argparse's: a whole number of 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
@@ -71,6 +69,7 @@ def stop_on_signals(stack: ExitStack) -> threading.Event:
 
 
 def header_of(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The first event of a run: what runs, on what, by which options."""
     return {
         "event": "header",
         "copresence": copresence_version(),

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from device import playout_offset, thermal
 from device.bundle import Bundle, BundleError
 from device.camera import is_device, is_recording
+from device.commands.shared import natural
 from device.config import AudioConfig, ConfigError, ModelConfig
 from device.engine.opening import open_engine
 from device.engine.record import RECORD_NAME
@@ -109,7 +110,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--bundle", help="of --loopback: whose tick and engine it is for (default: the configuration's, if it is there)")
     command.add_argument("--mic", metavar="SRC", default=LIVE, help="of --loopback: 'live' (default) or 'live:DEVICE'")
     command.add_argument("--speaker", metavar="DST", default=LIVE, help="of --loopback: 'live' (default) or 'live:DEVICE'")
-    command.add_argument("--playout-offset-ms", type=int, metavar="MS", help="of --loopback (default: measured)")
+    command.add_argument("--playout-offset-ms", type=natural, metavar="MS", help="of --loopback (default: measured)")
     command.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help=f"default: {SETTINGS_FILE}")
     command.set_defaults(command_function=run)
 

@@ -49,6 +49,8 @@ STATISTICS = (
     Statistic("bridge_ms", "shortest round trip to the microcontroller of late", "copresence_bridge_round_trip_seconds"),
     Statistic("bridge_faults", "frames lost, damaged or late on the bridge, and acts dropped", "copresence_bridge_faults_total", "counter"),
     Statistic("celsius", "the hottest thermal zone", "copresence_temperature_celsius"),
+    Statistic("watts", "the power rail that draws most, which is the board's input where there is one", "copresence_power_watts"),
+    Statistic("held_back", "cooling devices that are not idle: the board is slower than it could be", ""),
     Statistic("memory_mb", "resident memory", "copresence_memory_bytes"),
     Statistic("dropped", "log lines that came faster than they could be written", "copresence_log_dropped_total", "counter"),
 )
@@ -91,7 +93,8 @@ class Statistics:
     """Gathers the loop's tick events, in the journal's thread, and makes a line of each second of them.
 
     The functions are asked once a second: `counts` for what the devices lost, `clock` for the steering's summary, `bridge` for
-    the microcontroller's state, round trip and faults; `alive` for whether microphone and speaker are.
+    the microcontroller's state, round trip and faults; `alive` for whether microphone and speaker are; `heat` for what
+    device.thermal reads.
     """
 
     def __init__(
@@ -102,10 +105,10 @@ class Statistics:
         clock: Callable[[], Mapping[str, Any]],
         bridge: Callable[[], Mapping[str, Any]],
         alive: Callable[[], Mapping[str, bool]],
-        temperatures: Callable[[], Mapping[str, float]] = dict,
+        heat: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._senses, self._counts, self._clock, self._bridge, self._alive = senses, counts, clock, bridge, alive
-        self._temperatures = temperatures
+        self._heat = heat
         newest = MINUTE_S * 1000 // tick_ms
         self._engine: deque[float] = deque(maxlen=newest)
         self._edge: deque[float] = deque(maxlen=newest)
@@ -138,7 +141,8 @@ class Statistics:
 
     def line(self, dropped: int) -> dict[str, Any]:
         """The values of STATISTICS; what there is none of is left out."""
-        counts, bridge, zones = self._counts(), self._bridge(), self._temperatures()
+        counts, bridge, heat = self._counts(), self._bridge(), self._heat()
+        zones, rails, held_back = (heat.get(name, {}) for name in ("zones_c", "rails_w", "held_back"))
         self._seconds.append((self._ticks, self._missed, self._senses.late))
         values = {
             "ticks": self._ticks,
@@ -155,6 +159,8 @@ class Statistics:
             "bridge_ms": bridge.get("round_trip_ms"),
             "bridge_faults": bridge.get("faults"),
             "celsius": round(max(zones.values()), 1) if zones else None,
+            "watts": round(max(rails.values()), 1) if rails else None,
+            "held_back": ", ".join(held_back) or None,
             "memory_mb": round(board.memory_mb(), 1),
             "dropped": dropped,
         }
@@ -177,7 +183,7 @@ class Statistics:
             "did": list(self._did),
             "clock": dict(self._clock()),
             "bridge": dict(self._bridge()),
-            "celsius": dict(self._temperatures()),
+            "celsius": dict(self._heat().get("zones_c", {})),
         }
 
 
