@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +128,7 @@ class Session:
 
         Ticks between the last one and this are marked as lost. Raises ValueError for a tick that is not later.
         """
-        self._fill(tick, mic, voice, frames, frame_age_s, text)
+        self._fill(tick, text, mic=mic, voice=voice, frames=frames, frame_age=frame_age_s)
         if self._record is not None:
             self._record(tick, self._engine.inputs)
         engine_ns = self._launch()
@@ -138,26 +138,17 @@ class Session:
 
     def probe(self, tick: int, mic: NDArray[np.float32], voice: NDArray[np.float32], frames: NDArray[np.uint8], frame_age_s: float) -> int:
         """Launch `tick` only to see how long it takes, in ns: what comes out is not looked at, and the tick is a lost one."""
-        self._fill(tick, mic, voice, frames, frame_age_s)
+        self._fill(tick, mic=mic, voice=voice, frames=frames, frame_age=frame_age_s)
         engine_ns = self._launch()
         self.past.lose(tick)
         return engine_ns
 
-    def _fill(
-        self,
-        tick: int,
-        mic: NDArray[np.float32],
-        voice: NDArray[np.float32],
-        frames: NDArray[np.uint8],
-        frame_age_s: float,
-        text: Sequence[int] = (),
-    ) -> None:
+    def _fill(self, tick: int, text: Sequence[int] = (), **senses: NDArray[Any] | float) -> None:
+        """The inputs of a launch; `senses` by the names of the tensor table."""
         self.past.catch_up(tick)
         config, inputs = self._config, self._engine.inputs
-        inputs["mic"][...] = mic
-        inputs["voice"][...] = voice
-        inputs["frames"][...] = frames
-        inputs["frame_age"][0] = frame_age_s
+        for name, value in senses.items():
+            inputs[name][...] = value
         inputs["text_in"][...] = 0
         inputs["text_in"][: len(text)] = text
         inputs["clock"][...] = clock_features(config, tick)
