@@ -171,8 +171,8 @@ quantize: calibration ## quantize the bundle to INT8 and prove that it still beh
 	$(BIN)/copresence-export verify $(QUANTIZED) --against $(BUNDLE) --data $(DATA)
 
 .PHONY: presence
-presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the same scenes, with people that training never met
-	$(BIN)/copresence-export evaluate $(BUNDLE) --data $(DATA) --ablations --out build/presence
+presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the same scenes, with people that training never met; of the INT8 bundle if there is one
+	$(BIN)/copresence-export evaluate $(if $(wildcard $(QUANTIZED)/manifest.json),$(QUANTIZED),$(BUNDLE)) --data $(DATA) --ablations --out build/presence
 
 .PHONY: train
 train: $(VENV)/.setup ## train the checkpoint in this repository anew; goes on where it was stopped
