@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RUNTIME_VARIABLE = "COPRESENCE_RUNTIME"
+UNIT_FOLDER = Path("/run/copresence")  # made by systemd for the unit's user; nobody but root makes folders in /run
 LINE_BYTES = 65536
 TALK_S = 5.0  # who has connected must have asked by then
 ANSWER_S = 120.0  # writing a minute with sound and pictures takes seconds, on a slow card a minute
@@ -33,7 +34,7 @@ def runtime_folders() -> list[Path]:
         return [Path(named)]
     systemd, session = os.environ.get("RUNTIME_DIRECTORY"), os.environ.get("XDG_RUNTIME_DIR")
     folders = [Path(systemd.split(":")[0])] if systemd else []
-    folders.append(Path("/run/copresence"))
+    folders.append(UNIT_FOLDER)
     if session:
         folders.append(Path(session) / "copresence")
     return [*folders, Path(tempfile.gettempdir()) / f"copresence-{os.geteuid()}"]
@@ -72,7 +73,8 @@ class Control:
 def ask(what: str, pid: int | None = None) -> dict[str, Any]:
     """The answer of the companion that runs here, or of the one with process id `pid`; raises ControlError."""
     folders = runtime_folders()
-    found = [path for folder in folders if _own(folder) for path in folder.glob("*.sock") if path.stem.isdecimal()]
+    # Root asks the unit's companion, too, whose folder is the unit's user's.
+    found = [path for folder in folders if folder == UNIT_FOLDER or _own(folder) for path in folder.glob("*.sock") if path.stem.isdecimal()]
     alive: dict[int, socket.socket] = {}
     for path in found:
         with contextlib.suppress(OSError):

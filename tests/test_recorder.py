@@ -353,6 +353,9 @@ def recorded_run(bundle: Path, folder: Path, *options: str, seconds: str = "3") 
     def signalled(self: Session, tick: int, *rest: Any) -> Any:
         if tick == round(float(seconds) * 10) - 1:
             signal.raise_signal(signal.SIGUSR1)
+            deadline = time.monotonic() + 60  # simulated time goes on at once, and the dump would have more ticks or fewer
+            while not list(dumps.glob("*-signal.mcap")) and time.monotonic() < deadline:
+                time.sleep(0.001)
         return step(self, tick, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -543,6 +546,19 @@ def test_the_socket_bears_nonsense_and_old_sockets(tmp_path: Path) -> None:
         control.close()
     with pytest.raises(ControlError, match="no companion runs here"):
         ask("dump")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
+def test_root_reaches_the_units_companion_and_no_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = Control(lambda asked: {"asked": asked})
+    try:
+        os.chown(control.path.parent, 65534, 65534)
+        with pytest.raises(ControlError, match="another user's"):
+            ask("dump")
+        monkeypatch.setattr("device.control.UNIT_FOLDER", control.path.parent)
+        assert ask("dump") == {"asked": "dump"}
+    finally:
+        control.close()
 
 
 def test_a_folder_that_others_can_write_takes_no_socket(tmp_path: Path) -> None:
