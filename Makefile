@@ -51,8 +51,8 @@ demo: $(VENV)/.demo bundle ## make a scene, run the companion on it in real time
 	$(BIN)/copresence-export timeline $(DEMO)
 
 .PHONY: talk
-talk: $(VENV)/.demo bundle ## sit down in front of the companion with a browser: prints the address of a page to talk to
-	$(BIN)/copresence serve --bundle $(BUNDLE)
+talk: $(VENV)/.demo bundle ## sit down in front of the companion with a browser: prints the address of a page to talk to  [ARGS='--think URL']
+	$(BIN)/copresence serve --bundle $(BUNDLE) $(ARGS)
 
 .PHONY: bundle
 bundle: $(VENV)/.demo ## build the bundle of the checkpoint in this repository

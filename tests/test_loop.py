@@ -111,10 +111,10 @@ def write_manifest(folder: Path, change: Callable[[dict[str, Any]], None] = lamb
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
-def write_bundle(folder: Path) -> Path:
+def write_bundle(folder: Path, config: ModelConfig = CONFIG) -> Path:
     folder.mkdir()
-    (folder / GRAPH_NAME).write_bytes(echo_graph(CONFIG).SerializeToString())
-    write_manifest(folder)
+    (folder / GRAPH_NAME).write_bytes(echo_graph(config).SerializeToString())
+    write_manifest(folder, config=config)
     return folder
 
 

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 from browser import Browser, browser
+from chat_server import ChatServer, calls, says
+from test_loop import write_bundle
+from test_serve import THINKING
 
 from export.demo import NOISE_RMS, RATE_HZ, SPEECH_RMS, trimmed, write_hands
 from export.espeak import speak
@@ -48,12 +51,13 @@ COLOURS = """
 class Server:
     """`copresence serve` as its own process, which can be killed and begun again at the same address."""
 
-    def __init__(self, bundle: Path) -> None:
-        self._bundle, self._port = bundle, "0"
+    def __init__(self, bundle: Path, *options: str) -> None:
+        self._bundle, self._options, self._port = bundle, options, "0"
         self.begin()
 
     def begin(self) -> None:
         command = [sys.executable, "-m", "device.cli", "serve", "--bundle", str(self._bundle), "--port", self._port, "--no-priority"]
+        command += self._options
         environment = {**os.environ, "COPRESENCE_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self._process.stdout is not None
@@ -186,6 +190,21 @@ def test_keys_alone_reach_every_control_and_each_has_a_name(server: Server, visi
     key(visitor, "Enter", 13, "\r")
     visitor.until("document.querySelector('#text').value === ''")
     assert visitor.complaints == []
+
+
+def test_what_a_background_model_does_is_shown(tmp_path: Path, visitor: Browser) -> None:
+    with ChatServer(calls(("look", '{"direction": "right"}')), says("tell five"), says("")) as thinker:
+        server = Server(write_bundle(tmp_path / "asks", THINKING), "--think", thinker.url)
+        visitor.open(server.url, 1200)
+        visitor.press("#talk")
+        visitor.until(f"{STATE} === 'on'")
+        visitor.value("(document.querySelector('#text').focus(), document.querySelector('#text').value = 'three')")
+        key(visitor, "Enter", 13, "\r")
+        visitor.until(f"{SAID}.includes('tell five') && document.querySelector('#face').style.getPropertyValue('--pan') === '-1'")
+        shown = visitor.value("[...document.querySelectorAll('#log .thinks')].map((line) => line.textContent).reverse()")
+        server.end()
+    assert shown[0] == "asked" and {"call look", "act look right", "told five"} <= {*shown}
+    assert exceptions(visitor) == []
 
 
 def test_a_reload_and_a_lost_connection_end_well(companion_bundle: Path, visitor: Browser) -> None:

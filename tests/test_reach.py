@@ -24,10 +24,9 @@ import soundfile
 from chat_server import DONE, Body, ChatServer, calls, chunk, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loop import echo_graph, write_manifest
+from test_loop import write_bundle
 
 from device.audio import Line, Source, VirtualPlayout
-from device.bundle import GRAPH_NAME
 from device.cli import main
 from device.config import ModelConfig, TextConfig, TrunkConfig
 from device.engine import HostMemory, allocate
@@ -562,15 +561,7 @@ def test_a_key_may_go_where_nobody_listens() -> None:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[[ModelConfig], Path]:
     """Makes bundles that repeat what they read, and ask whenever they read something."""
-
-    def make(config: ModelConfig) -> Path:
-        folder = tmp_path / "echo"
-        folder.mkdir()
-        (folder / GRAPH_NAME).write_bytes(echo_graph(config).SerializeToString())
-        write_manifest(folder, config=config)
-        return folder
-
-    return make
+    return lambda config: write_bundle(tmp_path / "echo", config)
 
 
 def test_copresence_run_asks_the_model_that_it_is_given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_server import ChatServer, calls, says
 from openai import AsyncOpenAI, AuthenticationError
 from openai.resources.realtime.realtime import AsyncRealtimeConnection
 from test_loop import CONFIG, write_bundle
@@ -31,6 +33,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from device.bundle import Bundle
 from device.cli import main
+from device.config import TextConfig
 from device.engine import OnnxRuntimeEngine
 from device.events import EventLog
 from device.serve import server as serving
@@ -38,6 +41,9 @@ from device.serve.companion import Companion
 from device.serve.server import FILES, KEY_SUBPROTOCOL, SUBPROTOCOL, Rate, Server
 
 TOKEN = "open-sesame"
+THINKING = dataclasses.replace(
+    CONFIG, text=TextConfig(words=("", "three", "five", "tell"), acts=("none", "ask", "look_left", "look_right"))
+)
 PATIENCE_S = 60  # the machine is shared
 PACKET_S = 0.02
 
@@ -338,39 +344,58 @@ async def _send_until_cut(writer: asyncio.StreamWriter) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_serves_until_it_is_told_to_stop(bundle: Path, tmp_path: Path) -> None:
-    events = tmp_path / "events.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "device.cli",
-        "serve",
-        "--bundle",
-        str(bundle),
-        "--port",
-        "0",
-        "--no-priority",
-        "--events",
-        str(events),
-    ]
+Peer = Callable[[AsyncRealtimeConnection], Awaitable[None]]
+
+
+def serve_by_command(bundle: Path, events: Path, peer: Peer, *options: str) -> list[dict[str, Any]]:
+    """`copresence serve` while `peer` talks to the base URL that it prints, interrupted after that; returns its events."""
+    command = f"{sys.executable} -m device.cli serve --bundle {bundle} --port 0 --no-priority --events {events}".split()
     environment = {**os.environ, "COPRESENCE_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None
         page, api = process.stdout.readline(), process.stdout.readline()
-        assert page.split()[-1].endswith(f"/#{TOKEN}") and "127.0.0.1" in page
-        base = api.split("base URL ")[1].split(",")[0]
+        assert page.split()[-1].endswith(f"/#{TOKEN}") and "127.0.0.1" in page, process.stderr.read()
 
-        async def peer() -> None:
-            async with realtime(base) as connection:
+        async def visit() -> None:
+            async with realtime(api.split("base URL ")[1].split(",")[0]) as connection:
                 await next_of(connection, "session.created")
+                await peer(connection)
                 process.send_signal(signal.SIGINT)
                 await rest(connection._connection)
                 assert connection._connection.close_code == 1001
 
-        talk(peer)
+        talk(visit)
         assert process.wait(PATIENCE_S) == 0, process.stderr.read()
-    lines = [json.loads(line) for line in events.read_text().splitlines()]
-    assert lines[0]["event"] == "header" and lines[0]["mic"] == "network" and lines[-1]["ended_by"] == "signal"
+    return [json.loads(line) for line in events.read_text().splitlines()]
+
+
+def test_the_command_serves_until_it_is_told_to_stop(bundle: Path, tmp_path: Path) -> None:
+    async def peer(connection: AsyncRealtimeConnection) -> None:
+        """Has nothing to say."""
+
+    events = serve_by_command(bundle, tmp_path / "events.jsonl", peer)
+    assert events[0]["event"] == "header" and events[0]["mic"] == "network" and events[-1]["ended_by"] == "signal"
+
+
+def test_who_comes_is_answered_by_a_background_model_too(tmp_path: Path) -> None:
+    """The bundle asks whenever it reads something; what comes back is text that it reads and an act that the peer is told of."""
+    bundle = write_bundle(tmp_path / "asks", THINKING)
+
+    async def peer(connection: AsyncRealtimeConnection) -> None:
+        await connection.conversation.item.create(
+            item={"type": "message", "role": "user", "content": [{"type": "input_text", "text": "three"}]}
+        )
+        heard: list[str] = []
+        while not {"ask", "look_left", "tell five"} <= {*heard}:
+            event = await next_of(connection, "response.output_audio_transcript.delta", "response.function_call_arguments.done")
+            heard.append(event.delta.strip() if event.type.endswith("delta") else event.name)
+        assert heard[0] == "three", "the engine repeats what it reads"
+
+    with ChatServer(calls(("look", '{"direction": "left"}')), says("tell five"), says("")) as server:
+        events = serve_by_command(bundle, tmp_path / "events.jsonl", peer, "--think", server.url, "--think-model", "owl")
+    assert events[0]["think"] == f"owl at {server.url}" and server.requests[0]["model"] == "owl"
+    assert [event["act"] for event in events if event["event"] == "think" and event["what"] == "act"] == ["look_left"]
+    assert events[-1]["think"]["answered"] >= 1
 
 
 def test_what_cannot_be_served_is_said(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,6 +403,8 @@ def test_what_cannot_be_served_is_said(bundle: Path, capsys: pytest.CaptureFixtu
         assert main(["serve", "--bundle", str(bundle), "--port", str(taken.getsockname()[1])]) == 2
         assert "Address already in use" in capsys.readouterr().err
     assert main(["serve", "--bundle", str(bundle), "--jitter-buffer-ms", "1001"]) == 2
+    assert main(["serve", "--bundle", str(bundle), "--think", "http://127.0.0.1:1/v1"]) == 2
+    assert "has no act 'ask'" in capsys.readouterr().err
     monkeypatch.setenv("COPRESENCE_TOKEN", "two words")
     assert main(["serve", "--bundle", str(bundle)]) == 2
     assert "COPRESENCE_TOKEN" in capsys.readouterr().err

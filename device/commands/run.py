@@ -17,7 +17,19 @@ from device.bundle import Bundle
 from device.calibration import CalibrationRecorder
 from device.camera import DEVICES, is_device, is_recording, open_camera
 from device.commands import after
-from device.commands.shared import BUNDLE_HELP, WRITE_ERROR, UsageError, add_shared, header_of, natural, notices_of, stop_on_signals
+from device.commands.shared import (
+    BUNDLE_HELP,
+    WRITE_ERROR,
+    UsageError,
+    add_shared,
+    add_think,
+    endpoint_of,
+    header_of,
+    natural,
+    notices_of,
+    open_thinker,
+    stop_on_signals,
+)
 from device.config import ModelConfig, TextConfig
 from device.control import RUNTIME_VARIABLE, Control
 from device.echo_canceller import WebRtcCanceller
@@ -30,11 +42,10 @@ from device.field.settings import SETTINGS_FILE
 from device.field.statistics import Senses, Statistics, bridge_state, calls_back
 from device.field.watch import Watch
 from device.live_audio import LIVE, LiveMicrophone, LiveSpeaker, is_live, live_device, open_sound
-from device.loop import Actuator, Loop, NoActuator, NoThinker, TextQueue, Thinker
+from device.loop import Actuator, Loop, NoActuator, TextQueue
 from device.mcu_clock import McuFollower, McuMaster
 from device.notify import Notifier
 from device.portaudio import available
-from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
 from device.realtime import RealTime
 from device.recorder import FlightRecorder
 from device.session import Session
@@ -111,19 +122,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     run.add_argument(
         "--record-raw", action="store_true", help="dumps hold sound and pictures too, and can be replayed (default: neither, for privacy)"
     )
-    run.add_argument(
-        "--think",
-        metavar="URL",
-        help="ask the model behind this OpenAI-compatible address, such as http://127.0.0.1:8080/v1 (default: nobody)",
-    )
-    run.add_argument("--think-model", default="default", metavar="NAME", help="what that model is called there (default: default)")
-    run.add_argument(
-        "--think-key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"holds the key to it and is its owner's alone (default: ${KEY_VARIABLE}, or no key)",
-    )
-    run.add_argument("--think-sound", action="store_true", help="also send it what the microphone heard in the last seconds")
+    add_think(run)
     run.add_argument(
         "--playout-offset-ms",
         type=_offset,
@@ -151,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _choose_audio(arguments)
     _choose_master(arguments)
     body = {} if arguments.body is None else read_body(arguments.body)
-    endpoint = _endpoint(arguments)
+    endpoint = endpoint_of(arguments)
     text = TextQueue([parse_text(entry, config.text) for entry in arguments.text], config.text.text_in)
     with ExitStack() as stack:
         stop = stop_on_signals(stack)
@@ -200,7 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
             recorder=recorder,
             thermometer=thermometer,
             watcher=Watch(notifier, senses, actuator if rolled_back else None),
-            thinker=_open_reach(arguments, endpoint, config, stack),
+            thinker=open_thinker(arguments, endpoint, config, stack),
             offset=guard,
         )
         try:
@@ -373,22 +372,6 @@ def _open_bridge(port: str | None, body: dict[str, int], stack: ExitStack) -> Ac
     return bridge
 
 
-def _endpoint(arguments: argparse.Namespace) -> Endpoint | None:
-    if arguments.think is None:
-        return None
-    return Endpoint(arguments.think, arguments.think_model, read_key(arguments.think_key_file))
-
-
-def _open_reach(arguments: argparse.Namespace, endpoint: Endpoint | None, config: ModelConfig, stack: ExitStack) -> Thinker:
-    if endpoint is None:
-        return NoThinker()
-    from device.reach.reach import Reach
-
-    reach = Reach(config, endpoint, arguments.think_sound, patient=arguments.clock == "simulated")
-    stack.callback(reach.close)
-    return reach
-
-
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what would only show later, or never."""
     if isinstance(arguments.playout_offset_ms, int) and arguments.playout_offset_ms > playout_offset.LONGEST_MS:
@@ -406,8 +389,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             raise UsageError("nothing would end this simulated run; give --seconds, a microphone file or a camera file")
     if arguments.body is not None and arguments.bridge in (None, "none"):
         raise UsageError("--body: there is no body without --bridge; give its port, or leave --body out")
-    if arguments.think is None and (arguments.think_key_file or arguments.think_sound):
-        raise UsageError("--think-key-file and --think-sound say how to ask a model; give --think URL with them")
     if arguments.camera == "live":
         raise UsageError(f"--camera live: say which kind of camera it is: {', '.join(DEVICES)}")
     inputs, outputs = (arguments.mic, arguments.camera), (arguments.speaker, arguments.events)

@@ -12,7 +12,19 @@ from typing import Any
 
 from device import playout_offset
 from device.bundle import Bundle
-from device.commands.shared import BUNDLE_HELP, WRITE_ERROR, UsageError, add_shared, header_of, natural, notices_of, stop_on_signals
+from device.commands.shared import (
+    BUNDLE_HELP,
+    WRITE_ERROR,
+    UsageError,
+    add_shared,
+    add_think,
+    endpoint_of,
+    header_of,
+    natural,
+    notices_of,
+    open_thinker,
+    stop_on_signals,
+)
 from device.engine.opening import open_engine
 from device.events import EventLog
 from device.realtime import RealTime
@@ -33,6 +45,7 @@ def add_command(commands: Any) -> None:
     serve.add_argument("--bundle", required=True, help=BUNDLE_HELP)
     serve.add_argument("--events", metavar="FILE", help="JSON lines, one a tick; '-' is standard output")
     add_shared(serve)
+    add_think(serve)
     serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here (default: 127.0.0.1, this machine alone)")
     serve.add_argument("--port", type=natural, default=8765, metavar="N", help="default: 8765; 0: any that is free")
     serve.add_argument("--no-token", action="store_true", help="whoever can connect may talk")
@@ -57,7 +70,6 @@ def add_command(commands: Any) -> None:
         bridge=None,
         body=None,
         record_raw=False,
-        think=None,
         echo_canceller=None,
         text=[],
         **network,
@@ -77,8 +89,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     token = None if arguments.no_token else os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(16)
     if token is not None and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):  # a browser hands it over as a WebSocket subprotocol
         raise UsageError(f"${TOKEN_VARIABLE} must be 8 letters, digits, or any of _ - . ~, at least")
+    endpoint = endpoint_of(arguments)
     trust = Trust.of_machine(arguments.keys, arguments.state, arguments.allow_downgrade)
     bundle = Bundle.open(arguments.bundle, trust, arguments.unproven)
+    with ExitStack() as trial:  # what cannot be asked is said now, not to the first who comes
+        open_thinker(arguments, endpoint, bundle.config, trial)
     said = sys.stderr if arguments.events == "-" else sys.stdout
     with ExitStack() as stack:
         stop = stop_on_signals(stack)
@@ -88,13 +103,26 @@ def _serve(arguments: argparse.Namespace) -> int:
         events = EventLog(arguments.events, patient=False)
         stack.callback(events.close)
         offset_ms, buffer_ms = arguments.playout_offset_ms, arguments.jitter_buffer_ms
-        companion = Companion(bundle.config, bundle.name, engine, events, arguments.seed, offset_ms, buffer_ms)
+        companion = Companion(
+            bundle.config,
+            bundle.name,
+            engine,
+            events,
+            arguments.seed,
+            offset_ms,
+            buffer_ms,
+            open_thinker=lambda visit: open_thinker(arguments, endpoint, bundle.config, visit),
+        )
         server = Server(companion, arguments.host, arguments.port, token)
         stack.callback(server.close)
         server.start()
         key = "none is needed" if token is None else token
         print(f"a page to talk to:  {server.address}/{'' if token is None else '#' + token}", file=said)
         print(f"for OpenAI clients: base URL {server.address}/v1, API key: {key}", file=said, flush=True)
+        if arguments.think is not None:
+            print(
+                f"of what peers say and show, the last seconds go to {arguments.think} whenever the companion asks", file=said, flush=True
+            )
         if arguments.host not in LOOPBACK:
             warning = (
                 "sound, pictures and the key travel unencrypted; browsers lend microphone and camera to https and to this machine only"

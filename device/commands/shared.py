@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from device.bundle import Bundle, copresence_version
+from device.config import ModelConfig
+from device.loop import NoThinker, Thinker
+from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
 from device.signature import KEYS_FOLDER, KEYS_VARIABLE, STATE_FOLDER, STATE_VARIABLE
 
 BUNDLE_HELP = "a bundle made by 'copresence-export build'"
@@ -46,6 +49,43 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         "--allow-downgrade", action="store_true", help="go back to a signed bundle that is older than the one that ran last"
     )
     parser.add_argument("--unproven", action="store_true", help="run a quantized bundle that carries no passing proof; this is logged")
+
+
+def add_think(parser: argparse.ArgumentParser) -> None:
+    """The background model that a run may ask."""
+    parser.add_argument(
+        "--think",
+        metavar="URL",
+        help="ask the model behind this OpenAI-compatible address, such as http://127.0.0.1:8080/v1 (default: nobody)",
+    )
+    parser.add_argument("--think-model", default="default", metavar="NAME", help="what that model is called there (default: default)")
+    parser.add_argument(
+        "--think-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"holds the key to it and is its owner's alone (default: ${KEY_VARIABLE}, or no key)",
+    )
+    parser.add_argument("--think-sound", action="store_true", help="also send it what the microphone heard in the last seconds")
+
+
+def endpoint_of(arguments: argparse.Namespace) -> Endpoint | None:
+    """Whom a run asks; raises UsageError, ReachError."""
+    if arguments.think is None:
+        if arguments.think_key_file or arguments.think_sound:
+            raise UsageError("--think-key-file and --think-sound say how to ask a model; give --think URL with them")
+        return None
+    return Endpoint(arguments.think, arguments.think_model, read_key(arguments.think_key_file))
+
+
+def open_thinker(arguments: argparse.Namespace, endpoint: Endpoint | None, config: ModelConfig, stack: ExitStack) -> Thinker:
+    """Its client, closed with `stack`; raises ReachError."""
+    if endpoint is None:
+        return NoThinker()
+    from device.reach.reach import Reach
+
+    reach = Reach(config, endpoint, arguments.think_sound, patient=arguments.clock == "simulated")
+    stack.callback(reach.close)
+    return reach
 
 
 def natural(text: str) -> int:

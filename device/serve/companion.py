@@ -19,7 +19,7 @@ from device.config import ModelConfig
 from device.dmel import DMel
 from device.engine import Engine
 from device.events import EventLog
-from device.loop import Loop, NoActuator
+from device.loop import Loop, NoActuator, NoThinker, Thinker
 from device.serve.network import NetworkCamera, NetworkMicrophone, NetworkSpeaker, NetworkText, NetworkTicker
 from device.serve.protocol import RATE_HZ, Tick
 from device.session import Session
@@ -119,6 +119,7 @@ class Visit:
                 recording=None,
                 seconds=None,
                 stop=stop,
+                thinker=companion.open_thinker(self._stack),
             ).run(header)
 
     def close(self) -> None:
@@ -140,6 +141,7 @@ class Companion:
     seed: int
     offset_ms: int  # from a tick's edge to its speech
     buffer_ms: int  # of jitter in the peer's packets that loses nothing
+    open_thinker: Callable[[ExitStack], Thinker] = lambda visit: NoThinker()  # one for each visit: the next peer's has seen nothing of it
     _closed: bool = False
     _visits: queue.SimpleQueue[tuple[Visit, Callable[[], None]]] = field(default_factory=queue.SimpleQueue)
 

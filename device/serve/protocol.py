@@ -159,14 +159,16 @@ class Conversation:
             yield self._event("copresence.tick", **{k: v for k, v in event.items() if k != "event"}, **(tick.shown or {}))
 
     def notice(self, event: Event) -> Iterator[Event]:
-        """What else the loop tells: losses of what the peer sent are its business too."""
+        """What else the loop tells: losses of what the peer sent, and acts that a background model orders, are its business too."""
+        if event["event"] == "think" and event["what"] == "act":
+            yield from self._act(event["act"])
         lost = event.get("of", ()) if event["event"] == "loss" else ()
         if "dropped_samples" in lost:
             text = "sound came faster than it is heard, and the oldest was dropped; send it as it is recorded, 24000 samples a second"
             yield self.error("input_audio_too_fast", text)
         if "bad_pictures" in lost:
             yield self.error("invalid_image", "a picture cannot be decoded, or is too large; send a JPEG or PNG of 1920×1080 at most")
-        if self._timeline and event["event"] in ("loss", "recovery", "clock"):
+        if self._timeline and event["event"] in ("loss", "recovery", "clock", "think"):
             yield self._event(f"copresence.{event['event']}", **{k: v for k, v in event.items() if k != "event"})
 
     def error(self, code: str, message: str, param: str | None = None, event_id: str | None = None) -> Event:

@@ -219,6 +219,11 @@ const EVENTS = {
       face.act(tick.act);
     }
   },
+  "copresence.think"({ tick, what, act, word, tool, reason }) {
+    const detail = act?.replace("_", " ") ?? word ?? tool ?? reason ?? "";
+    record(((tick + 1) * page.tickMs) / 1000, "thinks", `${what} ${detail}`.trim());
+    if (what === "act") face.act(act);
+  },
   "response.output_audio.delta"({ delta }) {
     page.sound?.play(new Int16Array(fromBase64(delta).buffer));
   },
