@@ -294,12 +294,14 @@ def test_after_a_power_cut_it_comes_up_by_itself(board: Twin) -> None:
 )
 def test_it_comes_back_by_itself_after(hurtable: Twin, name: str, command: str) -> None:
     hurtable.sudo("systemctl reset-failed copresence")
-    before = present(hurtable)
+    before, since = present(hurtable), now(hurtable)
     begun_s = time.monotonic()
     hurtable.sudo(command)
     after = present(hurtable, before["pid"])
     say(f"{name}: present again after {time.monotonic() - begun_s:.1f} s")
     assert after["release"] == before["release"], "the release is not to blame for one fault"
+    told = journal(hurtable, since)
+    assert "rolled_back" not in told and "nothing_to_go_back_to" not in told, "nor is it put on trial for it"
 
 
 @at_length
@@ -427,7 +429,9 @@ def test_a_board_goes_back_by_itself_from_a_release_that(board: Twin, workshop: 
     say(f"a release that {name}: the old one ticks after {time.monotonic() - begun_s:.0f} s")
     told = json.loads((board.root / "opt/copresence/rolled-back.json").read_text())
     assert (told["from"], told["to"]) == (bad, before)
-    assert "rolled_back" in journal(board, since)
+    told = journal(board, since)
+    assert "rolled_back" in told
+    assert told.count("Starting copresence.service") == 5, "four starts are its budget; the fifth is the old one's"
 
 
 def test_a_release_for_another_architecture_or_with_a_spoilt_signature_is_refused(board: Twin, workshop: Workshop) -> None:
