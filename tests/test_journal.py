@@ -297,7 +297,10 @@ def test_what_it_hears_and_sees_is_a_few_numbers(tail: Tail) -> None:
     assert tail.senses.late == 1
     tail.senses._line.mic[:] = 0
     tail.senses.ticked(decision(), frames, late=False)
-    assert tail.senses.summary()["mic_dbfs"] == -99.0
+    tail.senses._line.mic[:] = 0.1
+    tail.senses.ticked(decision(), frames, late=True)
+    assert tail.senses.summary()["mic_dbfs"] == -99.0, "the first tick after a summary is noted, and costs what no other one does"
+    assert tail.senses.late == 2
 
 
 def test_metrics_have_the_form_that_prometheus_reads(tmp_path: Path) -> None:

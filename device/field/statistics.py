@@ -58,17 +58,21 @@ _BASE_UNITS = {"ms": 1e-3, "mb": float(1 << 20)}  # Prometheus wants seconds and
 
 
 class Senses:
-    """What a tick heard, saw and leaned to, noted by the loop at its end: a few numbers, no allocation that grows."""
+    """What a tick heard, saw and leaned to, as a few numbers: of the first tick after each summary, for more are never read."""
 
     def __init__(self, config: ModelConfig, line: Line) -> None:
         self._config, self._line = config, line
         self.late = 0
+        self._wanted = True
         self._power = self._brightness = self._movement = 0.0
         self._leans: tuple[int, float, int, float] = (0, 0.0, 0, 0.0)
 
     def ticked(self, decision: Decision, frames: NDArray[np.uint8], late: bool) -> None:
-        """Note one tick; arrays as in the tensor table."""
+        """Note one tick, at its end and in the loop's thread; arrays as in the tensor table."""
         self.late += late
+        if not self._wanted:
+            return
+        self._wanted = False
         mic = self._line.mic[-self._config.tick_samples :]
         self._power = float(np.dot(mic, mic)) / mic.size
         older, newer = frames[0, ::_COARSE, ::_COARSE].astype(np.float32), frames[1, ::_COARSE, ::_COARSE]
@@ -78,7 +82,8 @@ class Senses:
         self._leans = (int(say.argmax()) + 1, float(say.max()), int(act.argmax()) + 1, float(act.max()))
 
     def summary(self) -> dict[str, Any]:
-        """Of the newest tick; probabilities are those of the likeliest word and act but nothing."""
+        """Of the tick that was noted last; probabilities are those of the likeliest word and act but nothing."""
+        self._wanted = True
         word, word_prob, act, act_prob = self._leans
         return {
             "mic_dbfs": round(10 * math.log10(self._power), 1) if self._power > 1e-9 else _FLOOR_DBFS,
