@@ -431,7 +431,8 @@ def test_a_board_goes_back_by_itself_from_a_release_that(board: Twin, workshop: 
     assert (told["from"], told["to"]) == (bad, before)
     told = journal(board, since)
     assert "rolled_back" in told
-    assert told.count("Starting copresence.service") == 5, "four starts are its budget; the fifth is the old one's"
+    if name == "crashes":
+        assert told.count("Starting copresence.service") == 5, "four starts are its budget; the fifth is the old one's"
 
 
 def test_a_release_for_another_architecture_or_with_a_spoilt_signature_is_refused(board: Twin, workshop: Workshop) -> None:
