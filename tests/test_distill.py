@@ -20,7 +20,7 @@ from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
 from export.distill.losses import SpeechTarget, perceive_kind
-from export.distill.recipe import Recipe, RecipeError
+from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Source, train
 from export.distill.voice import Vocoder, word_mels
 from export.voice_tables import SILENCE
@@ -57,6 +57,7 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"seed": None}, "seed"),
         ({"speed": 1}, "speed"),
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
+        ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
         (None, "not a training recipe"),
     ],
 )
@@ -142,6 +143,42 @@ def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(
     assert model.act.bias[0].item() == pytest.approx(before + 1.5)
     build(tmp_path / "checkpoint", tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").config == recipe.model
+
+
+def test_a_stage_that_keeps_what_perceives_changes_only_what_is_above(
+    recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    recipe = Recipe.read(recipe_path)
+    words, scenes, _ = recipe.stages
+    model, _ = train(dataclasses.replace(recipe, stages=(words,)), Source(tmp_path), tmp_path / "work", compiled=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stages = words, dataclasses.replace(scenes, steps=3, keeps=True)
+    model, _ = train(dataclasses.replace(recipe, stages=stages), Source(tmp_path), tmp_path / "work", compiled=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    last = f"perceive.{len(model.perceive) - 1}."
+    perceiving = {name for name in before if name.startswith(("audio.", "video.", "text.", "perceive.")) and not name.startswith(last)}
+    assert not changed & perceiving
+    assert {"say.weight", "act.weight", f"{last}qkv.weight", "present.0.qkv.weight", "flow.leave.weight"} <= changed
+
+
+def test_a_stage_that_joins_another_ends_in_the_mean_of_both(
+    recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    recipe = Recipe.read(recipe_path)
+    words, scenes, _ = recipe.stages
+    scenes = dataclasses.replace(scenes, steps=2)
+
+    def trained(work: str, *stages: Stage) -> dict[str, torch.Tensor]:
+        model, _ = train(dataclasses.replace(recipe, stages=stages), Source(tmp_path), tmp_path / work, compiled=False)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    first, second = trained("first", words), trained("second", words, scenes)
+    joined = trained("joined", words, dataclasses.replace(scenes, joins=1))
+    name = "present.0.qkv.weight"
+    assert not torch.equal(first[name], second[name])
+    torch.testing.assert_close(joined, {name: (first[name] + second[name]) / 2 for name in first})
 
 
 def _progress(work: Path) -> list[dict[str, str]]:

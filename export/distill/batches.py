@@ -87,7 +87,8 @@ class Batches(IterableDataset[Batch]):
         return batch if self.teacher is None else batch | self.teacher.perceives(batch)
 
     def _with_practice(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        return batch | {"practice": self._perception(rng, self.recipe.practice)} if self.recipe.practice else batch
+        practice = 0 if self.stage.keeps else self.recipe.practice
+        return batch | {"practice": self._perception(rng, practice)} if practice else batch
 
     def _taught(self, batch: Batch) -> Batch:
         """With the teacher's soft targets, where the scenes do not bring their own."""

@@ -27,6 +27,8 @@ class Stage:
     adam_lr: float
     decay: float = 0.6  # fraction of the steps over which the rates fall to zero
     ticks: int | None = None  # length of a scene, where it is not the recipe's
+    keeps: bool = False  # what perceives (the embeddings, all perceiving layers but the last) stays as it is
+    joins: int | None = None  # ends in the mean with the weights after this stage, the first being 1 (model soups, arXiv 2203.05482)
 
     def __post_init__(self) -> None:
         if self.learns not in ("perception", "scenes"):
@@ -54,7 +56,10 @@ class Recipe:
         try:
             raw = json.loads(path.read_text())
             model = ModelConfig.from_dict(raw.pop("model") | {"text": {"words": WORDS, "acts": ACTS}})
-            return cls(model=model, stages=tuple(Stage(**stage) for stage in raw.pop("stages")), **raw)
+            stages = tuple(Stage(**stage) for stage in raw.pop("stages"))
+            if any(stage.joins is not None and stage.joins not in range(1, number) for number, stage in enumerate(stages, 1)):
+                raise RecipeError("the field stages.joins must be the number of a stage before it, the first being 1")
+            return cls(model=model, stages=stages, **raw)
         except (ConfigError, RecipeError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
             raise RecipeError(f"{path}: not a training recipe: {reason}; see export/recipes/companion-nano.json") from error

@@ -32,7 +32,7 @@ from export.distill.sounds import (
 class Chance:
     """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
-    lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.35, 0.3, 0.3
+    lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.7, 0.3, 0.5
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
@@ -236,7 +236,7 @@ def _stray_text(script: Script) -> None:
         for at_s in rng.uniform(0, script.length_s, rng.integers(1, 4)):
             script.deliver(float(at_s), *(str(word) for word in rng.choice(words, rng.integers(1, 4))))
     if rng.random() < Chance.told:
-        for at_s in rng.uniform(0, script.length_s, rng.integers(1, 3)):
+        for at_s in rng.uniform(0, script.length_s, rng.integers(1, 5)):
             script.deliver(float(at_s), "tell", str(rng.choice(WORDS[1:])))
 
 

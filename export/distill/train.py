@@ -87,9 +87,10 @@ class Optimizer:
     """Muon on the matrices of the blocks and the hMLP, AdamW on the rest, and an exponential average of the weights."""
 
     def __init__(self, modules: nn.Module, stage: Stage) -> None:
-        matrices = [p for n, p in modules.named_parameters() if p.ndim == 2 and any(s in n for s in ("perceive.", "present.", "hmlp."))]
+        learning = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in learning if p.ndim == 2 and any(s in n for s in ("perceive.", "present.", "hmlp."))]
         chosen = {id(p) for p in matrices}
-        rest = [p for p in modules.parameters() if id(p) not in chosen and p.requires_grad]
+        rest = [p for _, p in learning if id(p) not in chosen]
         self.stage, self.step = stage, 0
         self.muon = torch.optim.Muon(matrices, lr=stage.muon_lr, momentum=0.95, weight_decay=0.01)
         self.adam = torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -161,12 +162,28 @@ class Trainer:
             self.modules.load_state_dict(saved["modules"])
         self.processes.wait()  # until all have read it
         for number in range(saved["stage"], len(self.recipe.stages)):
+            perceives = nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]])
+            perceives.requires_grad_(not self.recipe.stages[number].keeps)
             optimizer = Optimizer(self.modules, self.recipe.stages[number])
             if number == saved["stage"] and "optimizer" in saved:
                 optimizer.load(saved["optimizer"])
             self._run_stage(number, optimizer)
             _swap(self.modules, optimizer.average)
+            self._join(number + 1)
             self._save({"stage": number + 1})
+
+    def _join(self, number: int) -> None:
+        """After stage `number`, the first being 1: the mean with an earlier one's weights, and its own kept where a later one joins it."""
+        joins = self.recipe.stages[number - 1].joins
+        if joins is not None:
+            earlier = torch.load(self._kept(joins), map_location=self.processes.device)
+            self.modules.load_state_dict({name: torch.lerp(value, earlier[name], 0.5) for name, value in self.modules.state_dict().items()})
+        if self.processes.first and any(stage.joins == number for stage in self.recipe.stages):
+            torch.save(self.modules.state_dict(), self._kept(number))
+        self.processes.wait()
+
+    def _kept(self, number: int) -> Path:
+        return self.resume_path.with_name(f"stage-{number}.pt")
 
     def _run_stage(self, number: int, optimizer: Optimizer) -> None:
         stage = optimizer.stage
