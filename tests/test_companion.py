@@ -9,10 +9,12 @@ import pytest
 import soundfile
 
 from device.cli import main as run
+from device.reach.tools import INSTRUCTIONS
 from export.demo import EVENTS, OUT_WAV, RATE_HZ, SCENE_VIDEO, SCENE_WAV, TEXT, make_scene, read_events, report, write_hands
 from export.distill.behaviours import WORDS
 
 DIGITS = WORDS[1:11]
+TOLD = 2 * tuple(word for word in WORDS[1:] if word not in INSTRUCTIONS)
 SHOWN_S, PERIOD_S = 1.5, 2.5
 
 
@@ -42,7 +44,7 @@ def test_it_answers_most_of_the_demonstration(answered: tuple[int, int, int]) ->
     assert hits >= 0.8 * wanted and others <= 4, answered
 
 
-@pytest.mark.xfail(reason="under-trained: 14 of 15 cues and 2 other reactions (model card)")
+@pytest.mark.xfail(reason="15 of 15 cues, but 2 other reactions (model card)")
 def test_it_answers_the_demonstration(answered: tuple[int, int, int]) -> None:
     hits, wanted, others = answered
     assert hits >= wanted - 1 and others <= 1, answered
@@ -98,17 +100,23 @@ def test_its_voice_is_understood(spoken: Spoken, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def told(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
-    """What it says when it is told to say every word that it has, twice."""
+    """What it says when it is told every word that is no command to it, twice."""
     folder = tmp_path_factory.mktemp("told")
-    write_hands(folder / SCENE_VIDEO, [], 2 * len(WORDS[1:]) * PERIOD_S)
-    companion(bundle, folder, "none", tuple(f"{i * PERIOD_S + 0.5}:tell {word}" for i, word in enumerate(2 * WORDS[1:])))
+    write_hands(folder / SCENE_VIDEO, [], len(TOLD) * PERIOD_S)
+    companion(bundle, folder, "none", tuple(f"{i * PERIOD_S + 0.5}:tell {word}" for i, word in enumerate(TOLD)))
     return what_it_said(folder)
 
 
-@pytest.mark.xfail(reason="not learned: it speaks when it is told to, but says another word for most of the twenty (model card)")
+def test_it_says_every_word_that_it_is_told(told: Spoken) -> None:
+    said, _ = told
+    assert [word for _, word in said] == [*TOLD]
+
+
+@pytest.mark.xfail(
+    reason="takes six of 26 for others, where the voice that it was trained on has one and nine taken for quiet (model card)"
+)
 def test_every_word_that_it_is_told_is_understood(told: Spoken, tmp_path: Path) -> None:
     said, _ = told
-    assert [word for _, word in said] == [*(2 * WORDS[1:])]
     wrong = misheard(told, WORDS[1:], tmp_path)
     assert len(wrong) <= 0.05 * len(said), wrong
 
