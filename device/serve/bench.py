@@ -31,7 +31,7 @@ TOKEN = "measuring"
 PACKET_S = 0.02
 RETRANSMIT_S = 0.2  # Linux's shortest retransmission time-out (RFC 6298 has a second)
 JITTERS_MS, LOSSES = (0, 50, 150), (0.0, 0.02, 0.1)
-BUFFERS_MS = (80, 250)
+BUFFERS_MS = (120, 250)
 SETTLED_TICKS = 10  # the first two seconds: start-up, and finding the stream's place
 NOISE = 0.003  # −50 dBFS: a quiet room
 
