@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"speed": 1}, "speed"),
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
+        ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
         (None, "not a training recipe"),
     ],
 )
@@ -145,40 +147,45 @@ def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(
     assert Bundle.open(tmp_path / "bundle").config == recipe.model
 
 
-def test_a_stage_that_keeps_what_perceives_changes_only_what_is_above(
-    recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Trained = Callable[..., dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def trained(recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """The weights after some stages, trained in a folder of that name in which others may have ended before."""
     monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
     recipe = Recipe.read(recipe_path)
-    words, scenes, _ = recipe.stages
-    model, _ = train(dataclasses.replace(recipe, stages=(words,)), Source(tmp_path), tmp_path / "work", compiled=False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    stages = words, dataclasses.replace(scenes, steps=3, keeps=True)
-    model, _ = train(dataclasses.replace(recipe, stages=stages), Source(tmp_path), tmp_path / "work", compiled=False)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    last = f"perceive.{len(model.perceive) - 1}."
+
+    def train_stages(work: str, *stages: Stage) -> dict[str, torch.Tensor]:
+        model, _ = train(dataclasses.replace(recipe, stages=stages), Source(tmp_path), tmp_path / work, compiled=False)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    return train_stages
+
+
+WORDS_STAGE = Stage("perception", steps=2, batch=4, muon_lr=0.01, adam_lr=0.001)
+SCENES_STAGE = Stage("scenes", steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
+
+
+def test_a_stage_that_keeps_what_perceives_changes_only_what_is_above(trained: Trained) -> None:
+    before = trained("work", WORDS_STAGE)
+    after = trained("work", WORDS_STAGE, dataclasses.replace(SCENES_STAGE, keeps=True))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    last = f"perceive.{SMALL.trunk.perceive_layers - 1}."
     perceiving = {name for name in before if name.startswith(("audio.", "video.", "text.", "perceive.")) and not name.startswith(last)}
     assert not changed & perceiving
     assert {"say.weight", "act.weight", f"{last}qkv.weight", "present.0.qkv.weight", "flow.leave.weight"} <= changed
 
 
-def test_a_stage_that_joins_another_ends_in_the_mean_of_both(
-    recipe_path: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
-    recipe = Recipe.read(recipe_path)
-    words, scenes, _ = recipe.stages
-    scenes = dataclasses.replace(scenes, steps=2)
-
-    def trained(work: str, *stages: Stage) -> dict[str, torch.Tensor]:
-        model, _ = train(dataclasses.replace(recipe, stages=stages), Source(tmp_path), tmp_path / work, compiled=False)
-        return {name: value.clone() for name, value in model.state_dict().items()}
-
-    first, second = trained("first", words), trained("second", words, scenes)
-    joined = trained("joined", words, dataclasses.replace(scenes, joins=1))
+def test_a_stage_that_joins_another_ends_in_the_mean_of_both(trained: Trained) -> None:
+    first, second = trained("first", WORDS_STAGE), trained("second", WORDS_STAGE, SCENES_STAGE)
+    joins = dataclasses.replace(SCENES_STAGE, joins=1)
+    joined = trained("joined", WORDS_STAGE, joins)
     name = "present.0.qkv.weight"
     assert not torch.equal(first[name], second[name])
     torch.testing.assert_close(joined, {name: (first[name] + second[name]) / 2 for name in first})
+    with pytest.raises(RecipeError, match=r"stage-1\.pt: .* were not kept"):  # said before anything is trained
+        trained("first", WORDS_STAGE, joins)
 
 
 def _progress(work: Path) -> list[dict[str, str]]:

@@ -33,6 +33,8 @@ class Stage:
     def __post_init__(self) -> None:
         if self.learns not in ("perception", "scenes"):
             raise RecipeError(f"the field stages.learns must be 'perception' or 'scenes', not {self.learns!r}")
+        if self.keeps and self.learns == "perception":
+            raise RecipeError("the field stages.keeps leaves a stage of perception nothing to learn; leave it out there")
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,12 @@ class Trainer:
             saved = torch.load(self.resume_path, map_location=self.processes.device)
         if "modules" in saved:
             self.modules.load_state_dict(saved["modules"])
+        for stage in self.recipe.stages[saved["stage"] :]:
+            if stage.joins is not None and stage.joins <= saved["stage"] and not self._kept(stage.joins).is_file():
+                reason = f"a stage joins stage {stage.joins}, whose weights were not kept when it ended, with another recipe"
+                raise RecipeError(
+                    f"{self._kept(stage.joins)}: {reason}; train in a new folder (--work), or leave the field stages.joins out"
+                )
         self.processes.wait()  # until all have read it
         for number in range(saved["stage"], len(self.recipe.stages)):
             perceives = nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]])
