@@ -169,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", type=Path, help="JSON file, such as export/recipes/companion-nano.json")
         command.add_argument("--data", type=Path, help="corpus folder with words/, other_words/, noise/ and signs/")
         command.add_argument("--scenes", metavar="PATTERN", help="shards with scenes to take instead of made ones, such as 'scenes/*.tar'")
-        command.add_argument("--start", type=Path, metavar="CHECKPOINT", help="go on from its weights; for a recipe of the same model")
+        command.add_argument(
+            "--start", type=Path, metavar="CHECKPOINT", help="go on from its weights and voice; the recipe may have more present layers"
+        )
         command.add_argument("--work", type=Path, required=True, help="folder for progress.csv and the state to resume from")
         command.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder to write at the end")
         command.set_defaults(run=_train, teacher=None)

@@ -97,6 +97,25 @@ def test_training_goes_on_from_a_checkpoint(checkpoint: Path, corpus: Corpus, tm
         )
 
 
+def test_a_model_grown_from_a_checkpoint_begins_by_deciding_as_that_does(
+    checkpoint: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    small = Teacher.read(checkpoint, CONFIG)
+    trunk = small.model.config.trunk
+    deeper = dataclasses.replace(small.model.config, trunk=dataclasses.replace(trunk, present_layers=trunk.present_layers + 3))
+    recipe = dataclasses.replace(RECIPE, model=deeper, stages=())
+    grown, heads = train_module.train(recipe, train_module.Source(tmp_path, start=checkpoint), tmp_path / "work", compiled=False)
+    assert len(grown.present) == trunk.present_layers + 3
+    batch = next(iter(Batches(corpus, RECIPE, STAGES[1], [0])))
+    expected, got = small.decides(batch), Teacher(grown, heads).decides(batch)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    # What was added learns: its zeros are in the last matrices of each layer only.
+    grown.train()
+    scene_loss(grown, heads, SpeechTarget(CONFIG), batch)["loss"].backward()
+    assert all(grown.present[-1].get_submodule(name).weight.grad.abs().max() > 0 for name in ("out", "down"))
+
+
 PROGRAM = """
 import pickle, sys
 from pathlib import Path

@@ -36,7 +36,9 @@ def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, t
     if not Processes.join().first:
         return
     vocoder = work / "vocoder.safetensors"
-    if not vocoder.exists():
+    if not vocoder.exists() and source.start is not None:  # nothing but the vocoder's own training changes it
+        save_file(model.vocoder.state_dict(), vocoder)
+    elif not vocoder.exists():
         train_vocoder(vocoder, recipe.model.text.words, recipe.vocoder_minutes, recipe.seed, recipe.model.voice.vocoder_width)
     finish(model, heads, recipe, vocoder, out)
 

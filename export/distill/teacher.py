@@ -12,7 +12,7 @@ from device.config import ModelConfig
 from device.positions import rope_table
 from export.checkpoint import WEIGHTS_NAME, CheckpointError, read_config
 from export.distill.losses import Auxiliary, perceived
-from export.distill.model import TickModel
+from export.distill.model import TickModel, blocks
 
 HEADS_NAME = "heads.safetensors"
 
@@ -54,11 +54,28 @@ class Teacher:
         return {"soft_say": say[..., 0, :].float().softmax(-1), "soft_act": act.float().softmax(-1)}
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Read the module's weights from a safetensors file; raises CheckpointError where they are not whole or not this module's."""
+def grow(model: TickModel, checkpoint: Path) -> None:
+    """Give `model` the weights of a checkpoint folder that may have fewer present layers.
+
+    Those that it lacks go on top and pass on what they get, until they have learned better (Net2DeeperNet, arXiv 1511.05641).
+    Raises CheckpointError where anything else differs.
+    """
+    added = range(read_config(checkpoint).trunk.present_layers, len(model.present))
+    for block in blocks(model.present)[added.start :]:
+        for projection in (block.out, block.down):
+            nn.init.zeros_(projection.weight)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(tuple(f"present.{layer}." for layer in added))}
+    load_weights(model, checkpoint / WEIGHTS_NAME, own)
+
+
+def load_weights(module: nn.Module, path: Path, own: dict[str, Tensor] | None = None) -> None:
+    """Read the module's weights, all but its `own`, from a safetensors file.
+
+    Raises CheckpointError where they are not whole or not this module's.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; train the checkpoint again with copresence-export train, which writes it")
     try:
-        module.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        module.load_state_dict({name: value.float() for name, value in load_file(path).items()} | (own or {}))
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {error}; train the checkpoint again") from error

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from export.checkpoint import WEIGHTS_NAME
 from export.distill.batches import Batch, Batches
 from export.distill.corpus import load_corpus
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
 from export.distill.model import TickModel
 from export.distill.recipe import Recipe, RecipeError, Stage
-from export.distill.teacher import HEADS_NAME, Teacher, load_weights
+from export.distill.teacher import HEADS_NAME, Teacher, grow, load_weights
 
 RESUME_EVERY_S = 120.0
 LOG_EVERY = 25  # steps; the dev people are looked at every fourth time
@@ -34,7 +33,7 @@ Loss = Callable[[Batch], dict[str, Tensor]]
 class Source(NamedTuple):
     """What is trained on: the training people of a corpus folder, scenes from shards (a glob pattern) in place of our own, or both.
 
-    `start` is a checkpoint folder whose weights are gone on from, in place of random ones.
+    `start` is a checkpoint folder whose weights are gone on from, in place of random ones; the model may have more present layers.
     """
 
     data: Path | None
@@ -140,7 +139,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model, self.heads = TickModel(recipe.model), Auxiliary(recipe.model)
         if source.start is not None:
-            load_weights(self.model, source.start / WEIGHTS_NAME)
+            grow(self.model, source.start)
             load_weights(self.heads, source.start / HEADS_NAME)
         self.teacher = Teacher.read(teacher, recipe.model) if teacher is not None else None
         self.actor = copy.deepcopy(self.model).eval()
