@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ticks import SMALL, make_model, make_scene
 from device.bundle import Bundle
 from export.build import build
 from export.distill import train as train_module
+from export.distill.batches import Batches
 from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
@@ -186,6 +189,30 @@ def test_a_stage_that_joins_another_ends_in_the_mean_of_both(trained: Trained) -
     torch.testing.assert_close(joined, {name: (first[name] + second[name]) / 2 for name in first})
     with pytest.raises(RecipeError, match=r"stage-1\.pt: .* were not kept"):  # said before anything is trained
         trained("first", WORDS_STAGE, joins)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np
+import torch
+from export.distill.model import attend_windowed
+
+ticks, window = 24, 8
+pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+valid = np.frombuffer(pages, sys.argv[1], ticks, mmap.PAGESIZE).reshape(1, ticks)
+valid[:] = True
+first = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
+assert ctypes.CDLL(None).mprotect(first, mmap.PAGESIZE, 0) == 0  # whoever reads it is ended
+q, k, v = torch.randn(3, 1, ticks, 4, 2, 8)
+arguments = q, k, v, torch.arange(ticks)[None], torch.from_numpy(valid), window
+torch.testing.assert_close(torch.compile(attend_windowed, dynamic=False)(*arguments), attend_windowed(*arguments))
+"""
+
+
+def test_compiled_attention_reads_nothing_in_front_of_a_batch(recipe_path: Path, corpus: Corpus) -> None:
+    recipe = Recipe.read(recipe_path)
+    batch = next(iter(Batches(corpus, recipe, recipe.stages[1], [0])))
+    subprocess.run([sys.executable, "-c", GUARDED, batch["valid"].numpy().dtype.name], check=True, timeout=300)
 
 
 def _progress(work: Path) -> list[dict[str, str]]:

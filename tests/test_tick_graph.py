@@ -64,8 +64,8 @@ def test_they_agree_at_another_size_and_tick_length(tick_ms: int, tmp_path: Path
 def test_a_lost_tick_is_seen_by_nobody_later() -> None:
     model, scene = make_model(SMALL), make_scene(SMALL, 12)
     batch = {name: torch.from_numpy(values)[None] for name, values in scene.items()}
-    batch["valid"] = torch.ones(1, 12, dtype=torch.bool)
-    batch["valid"][0, 4] = False
+    batch["valid"] = torch.ones(1, 12, dtype=torch.long)
+    batch["valid"][0, 4] = 0
     changed = batch | {name: batch[name].clone() for name in ("frames", "said")}
     changed["frames"][0, 4], changed["said"][0, 4] = 0, 0
     with torch.no_grad():

@@ -55,7 +55,7 @@ def make_scene(config: ModelConfig, ticks: int, seed: int = 0) -> Scene:
         "rope": rope_table(config, np.arange(ticks)),
         "noise": np.stack([tick_noise(config, 1, tick) for tick in range(ticks)]),
         "tick": np.arange(ticks),
-        "valid": np.ones(ticks, bool),
+        "valid": np.ones(ticks, np.int64),
     }
 
 

@@ -130,7 +130,9 @@ def _give_memory_back(after_ms: int = 10_000) -> None:
 def scene_batch(scenes: list[dict[str, np.ndarray]], c: ModelConfig) -> Batch:
     """The arrays of scenes of one length as the model takes them."""
     batch = {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
-    return tensors(batch | {"clock": clock_features(c, batch["tick"]), "rope": rope_table(c, batch["tick"]), "valid": ~batch["lost"]})
+    # Not bool: compiled for a CPU, padding a tensor of bools reads up to 16 bytes in front of it (PyTorch 2.13), now and then another page.
+    valid = (~batch["lost"]).astype(np.int64)
+    return tensors(batch | {"clock": clock_features(c, batch["tick"]), "rope": rope_table(c, batch["tick"]), "valid": valid})
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

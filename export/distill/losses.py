@@ -43,7 +43,7 @@ class Auxiliary(nn.Module):
 
 def perceive_kind(model: TickModel, tokens: Tensor, rope: Tensor) -> Tensor:
     """One kind of perception token alone, [B, T, n, width], through all perceiving layers but the last: what it is in a whole scene too."""
-    valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    valid = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     tick = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
     for block in blocks(model.perceive)[:-1]:
         q, k, v = block.keys_values(tokens, rope)
@@ -134,7 +134,7 @@ def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: 
 
     a = c.audio_tokens
     words, hands = heads.words(probe[0][:, :, :a]).float(), heads.hands(probe[0][:, :, a : a + c.video_tokens]).float()
-    word_label, hand_label = (torch.where(batch["valid"], batch[k].long(), IGNORE) for k in ("word_label", "hand_label"))
+    word_label, hand_label = (torch.where(batch["valid"] > 0, batch[k].long(), IGNORE) for k in ("word_label", "hand_label"))
     weights = torch.ones(WORD_LABELS, device=words.device)
     weights[0] = 0.2  # most ticks end no word
     word_loss = _labelled(words, word_label, weights)

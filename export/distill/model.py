@@ -213,7 +213,7 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 def attend_windowed(q: Tensor, k: Tensor, v: Tensor, tick: Tensor, valid: Tensor, window: int) -> Tensor:
     """Attention of every tick to itself and the `window` tick numbers before its own.
 
-    q [B, T, nq, H, d]; k, v [B, T, nk, H, d]; tick i64[B, T], rising; valid bool[B, T] (a lost tick is seen by nobody
+    q [B, T, nq, H, d]; k, v [B, T, nk, H, d]; tick i64[B, T], rising; valid i64[B, T] (0: a lost tick, seen by nobody
     later). Works in chunks of `window` ticks that see their own and the previous chunk; returns [B, T, nq, H, d].
     """
     b, ticks, nq, heads, dim = q.shape
@@ -237,7 +237,7 @@ def attend_windowed(q: Tensor, k: Tensor, v: Tensor, tick: Tensor, valid: Tensor
     queries = q.unflatten(1, (chunks, chunk)).permute(0, 1, 4, 2, 3, 5).reshape(b * chunks * heads, chunk * nq, dim)
     keys, values = pairs(k), pairs(v)
     lag = number[:, past:].unflatten(1, (chunks, chunk))[..., None] - with_past(number)[:, :, None, :]
-    mask = (lag >= 0) & (lag <= window) & (with_past(valid)[:, :, None, :] | (lag == 0))
+    mask = (lag >= 0) & (lag <= window) & ((with_past(valid)[:, :, None, :] > 0) | (lag == 0))
     bias = torch.where(mask, 0.0, MASKED).to(q.dtype)
     bias = bias[:, :, None, :, None, :, None].expand(b, chunks, heads, chunk, nq, past + chunk, nk)
     scores = torch.baddbmm(bias.reshape(b * chunks * heads, chunk * nq, -1), queries, keys.transpose(1, 2), alpha=dim**-0.5)
@@ -360,7 +360,7 @@ class TickModel(nn.Module):
         """A whole scene from an empty memory; the outputs of every tick, [B, T, …] (speech f32[B, T·tick]).
 
         `scene` holds the inputs of the tensor table ([B, T, …]; mic and voice [B, T·tick + context]), `tick` i64[B, T],
-        their numbers, and `valid` bool[B, T], false for ticks that were lost.
+        their numbers, and `valid` i64[B, T], 0 for ticks that were lost.
         """
         x, lower = self.perceive_scene(self.embed(scene), scene)
         top, upper = self.present_scene(x, scene)
