@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import itertools
 import json
@@ -14,7 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
+from types import AsyncGeneratorType
 from typing import Any
 
 import cv2
@@ -32,6 +36,7 @@ from device.config import ModelConfig, TextConfig, TrunkConfig
 from device.engine import HostMemory, allocate
 from device.loop import Loop, NoActuator, TextQueue
 from device.reach.breaker import FAILURES, LONGEST_S, OPEN_S, Breaker
+from device.reach.client import CallPart, Client
 from device.reach.context import LAST_S, Tick
 from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
 from device.reach.limits import Limits, ReachError
@@ -315,6 +320,28 @@ def test_tool_calls_without_end_end(answers: list[Body], reason: str) -> None:
         run = Run(server.url, {5: "ask"})
     assert [event["reason"] for event in run.events.thoughts("failed")] == [reason]
     assert len(server.requests) <= 4
+
+
+def test_an_answer_that_is_given_up_leaves_nothing_to_the_collector() -> None:
+    """Which runs in the tick's thread, and would close there what another thread's event loop closes at the same time."""
+
+    async def given_up(url: str) -> list[str]:
+        client = Client(Endpoint(url, "model"), Limits())
+        pieces = client.stream([{"role": "user", "content": "?"}], [])
+        async with aclosing(pieces):
+            assert isinstance(await anext(pieces), CallPart)
+        await asyncio.sleep(0.1)  # for what the event loop still closes
+        left = [thing for thing in gc.get_objects() if type(thing) is AsyncGeneratorType and thing is not pieces]
+        await client.close()
+        return [generator.__qualname__ for generator in left]
+
+    gc.collect()
+    gc.disable()
+    try:
+        with ChatServer(calls(*[("status", "")] * 6)) as server:
+            assert asyncio.run(given_up(server.url)) == []
+    finally:
+        gc.enable()
 
 
 JSON = st.recursive(

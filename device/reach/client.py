@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from device.reach.endpoint import Endpoint
@@ -74,7 +75,8 @@ class Client:
         try:
             completions: Any = self._openai.chat.completions
             response = await completions.create(model=self._endpoint.model, messages=messages, tools=tools, stream=True)
-            async with response:
+            # The library leaves an answer that is given up in a ring of generators, which another thread may then collect, and close too.
+            async with response, aclosing(response._iterator):
                 async for chunk in response:
                     for piece in _pieces(chunk):
                         yield piece
