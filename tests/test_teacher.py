@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from ticks import SMALL
 
 from device.config import ModelConfig, TextConfig
@@ -20,7 +20,7 @@ from export.distill import train as train_module
 from export.distill.batches import Batches
 from export.distill.behaviours import ACTS, WORDS
 from export.distill.corpus import Corpus
-from export.distill.finish import finish
+from export.distill.finish import finish, train_checkpoint
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
 from export.distill.model import TickModel
 from export.distill.recipe import Recipe, Stage
@@ -114,6 +114,18 @@ def test_a_model_grown_from_a_checkpoint_begins_by_deciding_as_that_does(
     grown.train()
     scene_loss(grown, heads, SpeechTarget(CONFIG), batch)["loss"].backward()
     assert all(grown.present[-1].get_submodule(name).weight.grad.abs().max() > 0 for name in ("out", "down"))
+
+
+def test_the_checkpoint_of_a_training_that_goes_on_has_the_voice_of_its_start(
+    checkpoint: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, model=Teacher.read(checkpoint, CONFIG).model.config, stages=())
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    monkeypatch.setattr(Recipe, "read", lambda path: recipe)
+    train_checkpoint(tmp_path / "recipe.json", train_module.Source(tmp_path, start=checkpoint), tmp_path / "work", tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "out"))
+    assert any(name.startswith("vocoder.") for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
 PROGRAM = """

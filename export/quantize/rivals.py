@@ -1,7 +1,7 @@
 """Three ways to int8 on the same checkpoint and the same calibration set: NVIDIA ModelOpt, ONNX Runtime, and our own placement.
 
-`python -m export.quantize.rivals FLOAT_BUNDLE CALIBRATION DATA` prints the table of export/README.md. ModelOpt is no dependency of
-anything else: install nvidia-modelopt into an environment of its own, or its rows are left out.
+`python -m export.quantize.rivals FLOAT_BUNDLE CALIBRATION DATA [ROW …]` prints the table of export/README.md, or the rows of these names.
+ModelOpt is no dependency of anything else: install nvidia-modelopt into an environment of its own, or its rows are left out.
 """
 
 from __future__ import annotations
@@ -159,14 +159,17 @@ HEAD = (
 )
 
 
-def main(source: Path, calibration: Path, people: Path) -> None:
+def main(source: Path, calibration: Path, people: Path, *names: str) -> None:
     """Print the table; engine times are ratios to the float graph, launched by turns with it."""
     bundle = Bundle.open(source)
     data = DataSet.open(calibration, bundle.config)
+    every = ways(data)
+    if unknown := set(names) - set(every):
+        sys.exit(f"no such row: {'; '.join(sorted(unknown))}; this environment has {'; '.join(every)}")
     reference = Reference(bundle, data, people)
     print(HEAD)
-    for name, make in ways(data).items():
-        print(row(name, make, reference), flush=True)
+    for name in names or every:
+        print(row(name, every[name], reference), flush=True)
 
 
 def row(name: str, make: Make, reference: Reference) -> str:
@@ -201,4 +204,5 @@ def ratio(reference: onnx.ModelProto, other: onnx.ModelProto, data: DataSet) -> 
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    source, calibration, people, *rows = sys.argv[1:]
+    main(Path(source), Path(calibration), Path(people), *rows)
