@@ -114,6 +114,14 @@ def test_every_process_reads_its_own_shards(scene: Scene, tmp_path: Path) -> Non
         shard_paths(str(tmp_path / "nothing-*.tar"))
 
 
+def test_a_shard_is_read_whole_by_whoever_it_falls_to(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would share it out once more, among workers and processes."""
+    path = write(tmp_path / "a.tar", sample(scene.arrays, CONFIG, "a"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "WORKER": "1", "NUM_WORKERS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert len(list(read_shard(path, CONFIG))) == 1
+
+
 def table_with(**fields: Any) -> Any:
     def change(members: dict[str, Any]) -> None:
         members[TABLE] = json.dumps({k: v for k, v in (json.loads(members[TABLE]) | fields).items() if v is not None}).encode()

@@ -186,7 +186,9 @@ def shard_paths(pattern: str) -> list[str]:
 def read_shard(path: str, c: ModelConfig) -> Iterator[Arrays]:
     """The arrays of every scene in a shard, named and shaped as `Scene.arrays`."""
     try:
-        for members in webdataset.WebDataset([path], shardshuffle=False, empty_check=False):
+        # All of it, in every worker and process: who reads which shards is shared out by `endless_scenes`.
+        whole = webdataset.WebDataset([path], shardshuffle=False, empty_check=False, nodesplitter=None, workersplitter=None)
+        for members in whole:
             yield _Reader(path, members, c).arrays()
     except tarfile.TarError as error:
         raise ShardError(f"{path}: not a whole tar archive ({error.args[0]}); delete it and write it again") from error
