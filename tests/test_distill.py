@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from export.distill.batches import Batches
 from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
-from export.distill.losses import SpeechTarget, perceive_kind
+from export.distill.losses import SpeechTarget, perceive_kind, scene_loss
+from export.distill.model import mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Source, train
 from export.distill.voice import Vocoder, word_mels
@@ -189,6 +191,29 @@ def test_a_stage_that_joins_another_ends_in_the_mean_of_both(trained: Trained) -
     torch.testing.assert_close(joined, {name: (first[name] + second[name]) / 2 for name in first})
     with pytest.raises(RecipeError, match=r"stage-1\.pt: .* were not kept"):  # said before anything is trained
         trained("first", WORDS_STAGE, joins)
+
+
+def test_a_step_that_would_ruin_the_weights_is_not_taken(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained("work", WORDS_STAGE)
+    before = (tmp_path / "work" / "resume.pt").read_bytes()
+    monkeypatch.setattr(train_module, "RESUME_EVERY_S", 0.0)
+    def overflowing(*arguments: Any) -> dict[str, torch.Tensor]:
+        values = scene_loss(*arguments)
+        return values | {"loss": values["loss"] * 1e30 * 1e30}
+
+    monkeypatch.setattr(train_module, "scene_loss", overflowing)
+    with pytest.raises(RecipeError, match=r"tiny: step 1 of stage 2 has gradients that are no numbers; lower .*muon_lr.*resume\.pt"):
+        trained("work", WORDS_STAGE, SCENES_STAGE)
+    assert (tmp_path / "work" / "resume.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("device", "amx", "mixed"), [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)])
+def test_products_are_in_bf16_where_that_is_faster(device: str, amx: bool, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, enabled: asked.append((*arguments, enabled)))
+    mixed_precision(device)
+    assert asked == [(device, torch.bfloat16, mixed)]
 
 
 GUARDED = """

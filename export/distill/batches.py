@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from device.config import ModelConfig
 from device.positions import clock_features, rope_table
 from export.distill.corpus import Corpus
-from export.distill.model import TickModel
+from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, Stage
 from export.distill.scenes import Scene, hand_frames, make_scene, replay, word_windows
 from export.distill.shards import endless_scenes
@@ -105,7 +105,7 @@ class Batches(IterableDataset[Batch]):
     def _replayed(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """The scene with the actor's own choices in its past, once it has learned to make the better part of them."""
         assert self.actor is not None
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed_precision("cpu"):
             say, act = self.actor.choices(scene_batch([scene.arrays], self.recipe.model))
         say_now, act_now = say[0, :, 0].numpy(), act[0, :, 0].numpy()
         wanted = (scene.say_target > 0) | (scene.act_target > 0)

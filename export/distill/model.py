@@ -199,6 +199,14 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """bf16 products where they are faster: on a GPU, and on a CPU with AMX.
+
+    On a Xeon without it a step took 2.6 s, in f32 2.2, and what PyTorch 2.13 compiled of it had gradients that are no numbers.
+    """
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def blocks(modules: nn.ModuleList) -> list[Block]:
     """The modules of a list, typed."""
     return cast("list[Block]", list(modules))

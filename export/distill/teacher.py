@@ -12,7 +12,7 @@ from device.config import ModelConfig
 from device.positions import rope_table
 from export.checkpoint import WEIGHTS_NAME, CheckpointError, read_config
 from export.distill.losses import Auxiliary, perceived
-from export.distill.model import TickModel, blocks
+from export.distill.model import TickModel, blocks, mixed_precision
 
 HEADS_NAME = "heads.safetensors"
 
@@ -40,7 +40,7 @@ class Teacher:
     @torch.no_grad()
     def perceives(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Soft targets of a perception batch: soft_word f32[n, labels] and soft_hand f32[n, labels]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision("cpu"):
             words, hands = perceived(self.model, self.heads, batch)
         return {"soft_word": words.float().softmax(-1), "soft_hand": hands.float().softmax(-1)}
 
@@ -48,7 +48,7 @@ class Teacher:
     def decides(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Soft targets of whole scenes: soft_say f32[B, T, words] and soft_act f32[B, T, acts]."""
         scene = batch | {"rope": torch.from_numpy(rope_table(self.model.config, batch["tick"].numpy()))}
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision("cpu"):
             x, _ = self.model.perceive_scene(self.model.embed(scene), scene)
             say, act = self.model.logits(self.model.present_scene(x, scene)[0])
         return {"soft_say": say[..., 0, :].float().softmax(-1), "soft_act": act.float().softmax(-1)}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from export.distill.batches import Batch, Batches
 from export.distill.corpus import load_corpus
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
-from export.distill.model import TickModel
+from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.teacher import HEADS_NAME, Teacher, grow, load_weights
 
@@ -95,6 +95,11 @@ class Optimizer:
         self.adam = torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.weights = list(modules.parameters())
         self.average = [p.detach().clone() for p in self.weights]
+
+    def gradients_are_numbers(self) -> bool:
+        """Whether an update would leave weights that can be used."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def update(self) -> None:
         left = 1 - self.step / self.stage.steps
@@ -211,10 +216,14 @@ class Trainer:
         while optimizer.step < stage.steps:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 values = loss(_moved(next(batches), device))
             values["loss"].backward()
             self.processes.average(optimizer.weights)
+            if not optimizer.gradients_are_numbers():
+                where = f"{self.recipe.name}: step {optimizer.step + 1} of stage {number + 1}"
+                remedy = f"lower its muon_lr and adam_lr in the recipe, then start it again: {self.resume_path} has weights from before"
+                raise RecipeError(f"{where} has gradients that are no numbers; {remedy}")
             optimizer.update()
             for key, value in values.items():
                 sums[key] += value.item()
@@ -237,7 +246,7 @@ class Trainer:
         """Losses and accuracies of the averaged weights on the dev people, teacher-forced."""
         _swap(self.modules, optimizer.average)
         self.modules.eval()
-        with torch.autocast(self.processes.device.type, torch.bfloat16):
+        with mixed_precision(self.processes.device.type):
             results = [self.losses[stage](batch) for batch in held_out]
         self.modules.train()
         _swap(self.modules, optimizer.average)
