@@ -163,8 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     train = commands.add_parser("train", help="train by a recipe on a corpus (needs the extra 'distill'); resumes where it left off")
+    train.set_defaults(run=_train)
     distill = commands.add_parser("distill", help="the same with a teacher, whose probabilities are half of what is learned")
-    distill.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder that `train` wrote")
+    distill.add_argument(
+        "--teacher", type=Path, metavar="CHECKPOINT", help="checkpoint folder that `train` wrote (default: the recipe's own, trained first)"
+    )
+    distill.set_defaults(run=_distill)
     for command in (train, distill):
         command.add_argument("recipe", type=Path, help="JSON file, such as export/recipes/companion-nano.json")
         command.add_argument("--data", type=Path, help="corpus folder with words/, other_words/, noise/ and signs/")
@@ -174,7 +178,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--work", type=Path, required=True, help="folder for progress.csv and the state to resume from")
         command.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="checkpoint folder to write at the end")
-        command.set_defaults(run=_train, teacher=None)
 
     scenes = commands.add_parser("scenes", help="make training scenes as WebDataset shards (export/distill/SCENES.md)")
     scenes.add_argument("recipe", type=Path, help="whose model and length of scenes they are for")
@@ -363,7 +366,14 @@ def _train(a: argparse.Namespace) -> None:
     from export.distill.finish import train_checkpoint
     from export.distill.train import Source
 
-    train_checkpoint(a.recipe, Source(a.data, a.scenes, a.start), a.work, a.out, a.teacher)
+    train_checkpoint(a.recipe, Source(a.data, a.scenes, a.start), a.work, a.out)
+
+
+def _distill(a: argparse.Namespace) -> None:
+    from export.distill.finish import distill_checkpoint
+    from export.distill.train import Source
+
+    distill_checkpoint(a.recipe, Source(a.data, a.scenes, a.start), a.work, a.out, a.teacher)
 
 
 def _scenes(a: argparse.Namespace) -> None:

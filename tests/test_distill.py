@@ -65,6 +65,9 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
         ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
+        ({"teacher": {"after": 3, "present_layers": 4, "seed": 1, "stages": []}}, "teacher.after"),
+        ({"teacher": {"after": 0, "present_layers": 0, "seed": 1, "stages": []}}, "teacher.present_layers"),
+        ({"teacher": {"after": 0, "present_layers": 4, "seed": 1}}, "lacks the field 'stages'"),
         (None, "not a training recipe"),
     ],
 )
@@ -197,6 +200,7 @@ def test_a_step_that_would_ruin_the_weights_is_not_taken(trained: Trained, tmp_p
     trained("work", WORDS_STAGE)
     before = (tmp_path / "work" / "resume.pt").read_bytes()
     monkeypatch.setattr(train_module, "RESUME_EVERY_S", 0.0)
+
     def overflowing(*arguments: Any) -> dict[str, torch.Tensor]:
         values = scene_loss(*arguments)
         return values | {"loss": values["loss"] * 1e30 * 1e30}

@@ -20,10 +20,10 @@ from export.distill import train as train_module
 from export.distill.batches import Batches
 from export.distill.behaviours import ACTS, WORDS
 from export.distill.corpus import Corpus
-from export.distill.finish import finish, train_checkpoint
+from export.distill.finish import distill_checkpoint, finish, train_checkpoint
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
 from export.distill.model import TickModel
-from export.distill.recipe import Recipe, Stage
+from export.distill.recipe import Recipe, RecipeError, Stage, TeacherRecipe
 from export.distill.teacher import HEADS_NAME, Teacher
 from export.distill.voice import Vocoder
 
@@ -126,6 +126,49 @@ def test_the_checkpoint_of_a_training_that_goes_on_has_the_voice_of_its_start(
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "out"))
     assert any(name.startswith("vocoder.") for name in before)
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_recipe_with_a_teacher_trains_it_on_the_way_and_its_student_by_it(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = dataclasses.replace(STAGES[1], keeps=True)
+    deeper = CONFIG.trunk.present_layers + 1
+    recipe = dataclasses.replace(RECIPE, stages=(PERCEPTION, scenes), teacher=TeacherRecipe(1, deeper, 7, (scenes,)), act_margin=1.5)
+    monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
+    monkeypatch.setattr(train_module, "LOG_EVERY", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(Recipe, "read", lambda path: recipe)
+    source, work = train_module.Source(tmp_path), tmp_path / "work"
+    distill_checkpoint(tmp_path / "recipe.json", source, work, tmp_path / "taught")
+    train_checkpoint(tmp_path / "recipe.json", source, tmp_path / "other", tmp_path / "alone")
+    folders = {"untaught": work / "untaught", "teacher": work / "teacher" / "checkpoint"}
+    folders |= {name: tmp_path / name for name in ("taught", "alone")}
+    weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+
+    def same(one: str, other: str, name: str) -> bool:
+        return torch.equal(weights[one][name], weights[other][name])
+
+    # The teacher is grown from the weights before it, and the student goes on from there too, neither with the margin in its past.
+    assert f"present.{deeper - 1}.qkv.weight" in weights["teacher"] and f"present.{deeper - 1}.qkv.weight" not in weights["taught"]
+    perceiving = [name for name in weights["taught"] if name.startswith(("audio.", "video.", "text."))]
+    assert perceiving and all(same("untaught", other, name) for other in ("teacher", "taught", "alone") for name in perceiving)
+    assert all((weights[name]["act.bias"][0] > 1) == (name in ("taught", "alone")) for name in weights)
+    # What differs between the last two is the teacher's part.
+    assert not same("taught", "alone", "present.0.qkv.weight") and not same("taught", "untaught", "present.0.qkv.weight")
+
+    rows = [(folder / "progress.csv").read_text() for folder in (work, work / "teacher")]
+    assert [text.count("\n") for text in rows] == [5, 3]
+    distill_checkpoint(tmp_path / "recipe.json", source, work, tmp_path / "again")  # what is done is not done again
+    assert rows == [(folder / "progress.csv").read_text() for folder in (work, work / "teacher")]
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in weights["taught"].items())
+
+
+def test_distilling_without_any_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recipe, "read", lambda path: RECIPE)
+    with pytest.raises(RecipeError, match=r"recipe\.json: there is no field teacher; .*--teacher"):
+        distill_checkpoint(tmp_path / "recipe.json", train_module.Source(tmp_path), tmp_path / "work", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 PROGRAM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ from device.tensors import layer_tokens, tensor_table
 from export.checkpoint import write_checkpoint
 from export.distill.losses import Auxiliary
 from export.distill.model import TickModel
-from export.distill.recipe import Recipe
+from export.distill.recipe import Recipe, RecipeError
 from export.distill.teacher import HEADS_NAME
 from export.distill.train import Processes, Source, train
 from export.distill.voice import train_vocoder
@@ -26,21 +27,39 @@ from export.hands import draw_hand
 REFERENCE_TICKS = 12  # more than the perceiving window, so that its rings wrap
 
 
-def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, teacher: Path | None = None) -> None:
-    """Everything from the recipe to the checkpoint folder `out`; parts that are done already in `work` are not done again.
+def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path) -> None:
+    """Everything from the recipe to the checkpoint folder `out`, by the oracle alone; what is done already in `work` is not done again."""
+    _train(Recipe.read(recipe_path), source, work, out)
 
-    With `teacher`, a checkpoint folder, the student is distilled from it.
+
+def distill_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, teacher: Path | None = None) -> None:
+    """The same with a teacher: a checkpoint folder, which teaches all stages, or the recipe's own, which is trained on the way.
+
+    That one is left in `work/teacher/checkpoint`. Raises RecipeError where there is neither.
     """
     recipe = Recipe.read(recipe_path)
-    model, heads = train(recipe, source, work, teacher)
-    if not Processes.join().first:
-        return
-    vocoder = work / "vocoder.safetensors"
-    if not vocoder.exists() and source.start is not None:  # nothing but the vocoder's own training changes it
-        save_file(model.vocoder.state_dict(), vocoder)
-    elif not vocoder.exists():
-        train_vocoder(vocoder, recipe.model.text.words, recipe.vocoder_minutes, recipe.seed, recipe.model.voice.vocoder_width)
-    finish(model, heads, recipe, vocoder, out)
+    if teacher is None:
+        if recipe.teacher is None:
+            raise RecipeError(f"{recipe_path}: there is no field teacher; add it, or name a checkpoint that teaches (--teacher)")
+        teacher = work / "teacher" / "checkpoint"
+        if not (teacher / HEADS_NAME).is_file():  # the last thing that is written; until then `work` has nothing that was taught
+            begun = work / "untaught"
+            _train(replace(recipe, say_margin=0.0, act_margin=0.0), source, work, begun, until=recipe.teacher.after)
+            _train(recipe.of_teacher(recipe.teacher), source._replace(start=begun), work / "teacher", teacher)
+    _train(recipe, source, work, out, teacher)
+
+
+def _train(recipe: Recipe, source: Source, work: Path, out: Path, teacher: Path | None = None, until: int | None = None) -> None:
+    model, heads = train(recipe, source, work, teacher, until=until)
+    processes = Processes.join()
+    if processes.first:
+        vocoder = work / "vocoder.safetensors"
+        if not vocoder.exists() and source.start is not None:  # nothing but the vocoder's own training changes it
+            save_file(model.vocoder.state_dict(), vocoder)
+        elif not vocoder.exists():
+            train_vocoder(vocoder, recipe.model.text.words, recipe.vocoder_minutes, recipe.seed, recipe.model.voice.vocoder_width)
+        finish(model, heads, recipe, vocoder, out)
+    processes.wait()
 
 
 def finish(model: TickModel, heads: Auxiliary, recipe: Recipe, vocoder: Path, out: Path) -> None:
@@ -56,7 +75,9 @@ def finish(model: TickModel, heads: Auxiliary, recipe: Recipe, vocoder: Path, ou
         model.act.bias[0] += recipe.act_margin
     weights = {name: value.detach().numpy().astype(np.float32) for name, value in model.state_dict().items()}
     write_checkpoint(out, recipe.model, weights, reference_ticks(model))
-    save_file({name: value.detach().contiguous() for name, value in heads.state_dict().items()}, out / HEADS_NAME)
+    scratch = out / f".{HEADS_NAME}"
+    save_file({name: value.detach().contiguous() for name, value in heads.state_dict().items()}, scratch)
+    scratch.replace(out / HEADS_NAME)  # whole or not at all: it says that the rest is there
 
 
 def reference_ticks(model: TickModel, ticks: int = REFERENCE_TICKS, start: int = 0) -> dict[str, NDArray[np.generic]]:

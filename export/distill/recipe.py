@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from device.config import ConfigError, ModelConfig
 from export.distill.behaviours import ACTS, WORDS
@@ -38,8 +38,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class TeacherRecipe:
+    """A larger model, grown from the weights after stage `after` (0: those that are begun with); it teaches the stages behind that."""
+
+    after: int
+    present_layers: int
+    seed: int
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """What `copresence-export train` reads."""
+    """What `copresence-export train` and `distill` read."""
 
     name: str
     seed: int
@@ -51,6 +61,13 @@ class Recipe:
     replays: float  # share of the scenes that are played again with the model's own choices in their past
     say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
     act_margin: float = 0.0
+    teacher: TeacherRecipe | None = None  # of `distill`
+
+    def of_teacher(self, teacher: TeacherRecipe) -> Recipe:
+        """What the teacher is trained by: its own depth, seed and stages, no margins; the rest is its student's."""
+        deeper = replace(self.model, trunk=replace(self.model.trunk, present_layers=teacher.present_layers))
+        own = replace(self, name=f"{self.name}-teacher", model=deeper, seed=teacher.seed, stages=teacher.stages)
+        return replace(own, say_margin=0.0, act_margin=0.0, teacher=None)
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -58,10 +75,22 @@ class Recipe:
         try:
             raw = json.loads(path.read_text())
             model = ModelConfig.from_dict(raw.pop("model") | {"text": {"words": WORDS, "acts": ACTS}})
-            stages = tuple(Stage(**stage) for stage in raw.pop("stages"))
-            if any(stage.joins is not None and stage.joins not in range(1, number) for number, stage in enumerate(stages, 1)):
-                raise RecipeError("the field stages.joins must be the number of a stage before it, the first being 1")
-            return cls(model=model, stages=stages, **raw)
+            stages, teacher = _stages(raw.pop("stages")), None
+            if "teacher" in raw:
+                own = raw.pop("teacher")
+                teacher = TeacherRecipe(stages=_stages(own.pop("stages")), **own)
+                if teacher.after not in range(len(stages)):
+                    raise RecipeError("the field teacher.after must be the number of a stage before the last, or 0")
+                if teacher.present_layers < model.trunk.present_layers:
+                    raise RecipeError(f"the field teacher.present_layers must be at least the model's {model.trunk.present_layers}")
+            return cls(model=model, stages=stages, teacher=teacher, **raw)
         except (ConfigError, RecipeError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
             raise RecipeError(f"{path}: not a training recipe: {reason}; see export/recipes/companion-nano.json") from error
+
+
+def _stages(raw: list[dict[str, Any]]) -> tuple[Stage, ...]:
+    stages = tuple(Stage(**stage) for stage in raw)
+    if any(stage.joins is not None and stage.joins not in range(1, number) for number, stage in enumerate(stages, 1)):
+        raise RecipeError("the field stages.joins must be the number of a stage before it, the first being 1")
+    return stages

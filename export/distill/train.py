@@ -157,8 +157,8 @@ class Trainer:
         }
         self.log = _Log(work / "progress.csv") if processes.first else None
 
-    def run(self) -> None:
-        """All stages that are not done yet; leaves the averaged weights in the model."""
+    def run(self, until: int) -> None:
+        """All of the first `until` stages that are not done yet; leaves the averaged weights in the model."""
         saved: dict[str, Any] = {"stage": 0}
         if self.resume_path.exists():
             saved = torch.load(self.resume_path, map_location=self.processes.device)
@@ -171,7 +171,7 @@ class Trainer:
                     f"{self._kept(stage.joins)}: {reason}; train in a new folder (--work), or leave the field stages.joins out"
                 )
         self.processes.wait()  # until all have read it
-        for number in range(saved["stage"], len(self.recipe.stages)):
+        for number in range(saved["stage"], until):
             perceives = nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]])
             perceives.requires_grad_(not self.recipe.stages[number].keeps)
             optimizer = Optimizer(self.modules, self.recipe.stages[number])
@@ -204,7 +204,8 @@ class Trainer:
         torch.manual_seed(seed + self.processes.rank)
         part = (self.processes.rank, self.processes.size)
         source = Batches(self.people, self.recipe, stage, [seed, part[0]], self.actor, self.teacher, self.shards, part)
-        workers = 1 if cpu else max((os.cpu_count() or 2) - 1, 1)
+        # On a CPU one would do, but for a teacher, which thinks in them; always two, so that `train` and `distill` see the same scenes.
+        workers = 2 if cpu else max((os.cpu_count() or 2) - 1, 1)
         batches = iter(DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=6))
         held_out: list[Batch] = []
         if self.log and self.dev is not None:
@@ -272,14 +273,16 @@ def _swap(modules: nn.Module, others: list[Tensor]) -> None:
         other.copy_(kept)
 
 
-def train(recipe: Recipe, source: Source, work: Path, teacher: Path | None = None, compiled: bool = True) -> tuple[TickModel, Auxiliary]:
-    """Run the recipe from where `work/resume.pt` left off; model and heads with averaged weights.
+def train(
+    recipe: Recipe, source: Source, work: Path, teacher: Path | None = None, compiled: bool = True, until: int | None = None
+) -> tuple[TickModel, Auxiliary]:
+    """Run the recipe, or its stages up to number `until`, from where `work/resume.pt` left off; model and heads with averaged weights.
 
     With `teacher`, a checkpoint folder, its probabilities are half of what is learned. `work/progress.csv` gets a row every 25
     steps. Started by torchrun, several processes train together; on several machines they need `work` on a shared disk.
     """
     trainer = Trainer(recipe, source, work, teacher, Processes.join(), compiled)
-    trainer.run()
+    trainer.run(len(recipe.stages) if until is None else until)
     return trainer.model.cpu(), trainer.heads.cpu()
 
 
