@@ -30,6 +30,7 @@ class Stage:
     """What happens in a scene, by tick; `play` has a companion react to it."""
 
     ticks: int = 70
+    memory: int = 320
     heard: dict[int, list[str]] = field(default_factory=dict)
     hands: dict[int, tuple[int, int]] = field(default_factory=dict)  # first tick to (digit, how many ticks)
     text: dict[int, tuple[str, ...]] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class Stage:
 
     def play(self) -> tuple[list[Deed], Conduct]:
         """What was begun when, and the conduct with its trials."""
-        conduct, deeds, over_s = Conduct(WORD_TICKS, TICK_S), [], -np.inf
+        conduct, deeds, over_s = Conduct(WORD_TICKS, TICK_S, self.memory), [], -np.inf
         for tick in range(self.ticks):
             moment, over_s = self._moment(tick, over_s)
             word, act = conduct.wanted(moment)
@@ -196,6 +197,11 @@ def test_recall() -> None:
     mistaken = Stage(hands={5: (3, 8)}, text={60: ("last",)}, forced={5: ("two", "none")})
     assert mistaken.play()[0][-1] == (60, "two")
     assert mistaken.play()[1].trials[-1].checks[0].value == "three"
+    # What was longer ago than its memory reaches is not asked for, and nobody is told that silence is right.
+    assert deeds(hands={5: (3, 8)}, text={60: ("last",)}, memory=56)[-1] == (60, "three")
+    done, conduct = Stage(hands={5: (3, 8)}, text={60: ("last",)}, memory=55).play()
+    assert [word for _, word in done] == ["three"] and not [trial for trial in conduct.trials if trial.behaviour == "recall"]
+    assert conduct.masks == [("say", 60, 65)]
 
 
 def test_nothing() -> None:

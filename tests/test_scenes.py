@@ -156,16 +156,17 @@ def test_what_is_broken_off_stops_sounding(corpus: Corpus, voice_words: dict[str
 
 
 def test_numbers_of_ticks_only_jump_between_things(scenes: list[Scene]) -> None:
-    jumps = 0
+    jumps, window = [], CONFIG.trunk.present_window
     for scene in scenes:
         gaps = np.diff(scene.tick)
         assert (gaps >= 1).all() and (gaps > 1).sum() <= 1
         at, skipped = scene.world.jump
         if skipped:
             assert gaps[at - 1] == skipped + 1 and scene.world.moments[at].talk_s == 0
-            assert scene.tick[-1] - scene.tick[0] <= max(CONFIG.trunk.present_window, TICKS + 10)
-            jumps += 1
-    assert jumps > 3
+            jumps.append(skipped)
+    assert len(jumps) > 3
+    # Whatever is still in memory can have been that long ago, and is not gone at once.
+    assert min(jumps) >= 10 and 0.7 * window < max(jumps) <= window - 10
 
 
 def test_a_replay_with_its_own_choices_is_the_same_scene(scenes: list[Scene]) -> None:

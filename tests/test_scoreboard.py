@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from ticks import SMALL
 
 from device.audio import Samples
-from device.config import ModelConfig
+from device.config import TextConfig
 from device.engine import HostMemory, allocate
 from export.distill.behaviours import ACTS, WORDS
 from export.distill.corpus import Corpus
@@ -24,7 +25,8 @@ from export.scoreboard.score import HIT, MISSED, WRONG, Verdict, judge
 from export.scoreboard.systems import ABLATIONS, TELEPHONE, MaskedEngine, WalkieTalkie
 from export.spoken_words import render_words
 
-CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
+# It remembers for a minute, as who is asked `last` must.
+CONFIG = dataclasses.replace(SMALL, text=TextConfig(WORDS, ACTS), trunk=dataclasses.replace(SMALL.trunk, present_window=320))
 RATE_HZ, TICK_S = 16000, 0.2
 GROUPS = ("mixture", "recite", "timer", "count", "recall", "weave", "listen", "quiet", "nothing", SILENCE, f"{RECALL}5")
 

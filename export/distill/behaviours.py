@@ -92,10 +92,10 @@ class Wait(NamedTuple):
 
 
 class Conduct:
-    """How a perfect companion goes on, given what it (or another in its place) has done so far."""
+    """How a perfect companion goes on, given what it (or another in its place) has done in the last `memory` ticks."""
 
-    def __init__(self, word_ticks: Mapping[str, int], tick_s: float) -> None:
-        self._word_ticks, self.tick_s = word_ticks, tick_s
+    def __init__(self, word_ticks: Mapping[str, int], tick_s: float, memory: int) -> None:
+        self._word_ticks, self.tick_s, self.memory = word_ticks, tick_s, memory
         self.quiet_since: float | None = None
         self.closings: int | None = None  # counted so far; None when it is not counting
         self.open_hand = False
@@ -475,7 +475,10 @@ class Recall:
     def react(self, moment: Moment, conduct: Conduct) -> None:
         if "last" not in moment.text or conduct.answered is None or conduct.quiet:
             return
-        said, right, _, seen_s = conduct.answered
+        said, right, said_tick, seen_s = conduct.answered
+        if moment.tick - said_tick >= conduct.memory:  # the model has nothing left of it
+            conduct.masks.append(("say", moment.tick, moment.tick + conduct.ticks(RECALL_S)))
+            return
         conduct.say(said, moment.tick, RECALL_S, "recall")
         check = Check("say", right, moment.edge_s - conduct.tick_s, moment.edge_s + RECALL_S)
         conduct.trial("recall", moment.edge_s, check, detail=moment.edge_s - seen_s)

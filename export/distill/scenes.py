@@ -37,6 +37,8 @@ class Chance:
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
 
+SOONEST = 10  # ticks: so many at least are left out of a scene in which time passes, and as many of the memory are left
+
 Stage = Callable[[Script], None]
 
 
@@ -265,8 +267,8 @@ def _jump(rng: np.random.Generator, script: Script, moments: list[Moment]) -> tu
         return 0, 0
     # Above all before the text that asks what was long ago.
     weights = np.array([5.0 if any("last" in moment.text for moment in moments[tick : tick + 8]) else 1.0 for tick in calm])
-    longest = script.config.trunk.present_window - len(moments)
-    return int(rng.choice(calm, p=weights / weights.sum())), int(rng.integers(10, max(longest, 11)))
+    longest = script.config.trunk.present_window - SOONEST
+    return int(rng.choice(calm, p=weights / weights.sum())), int(rng.integers(SOONEST, max(longest, SOONEST) + 1))
 
 
 # ---- the companion's past -------------------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ class _Past:
         self.say_target, self.act_target = np.zeros(ticks, np.int32), np.zeros(ticks, np.int32)
         self.say_weight, self.act_weight = (~world.lost).astype(np.float32), (~world.lost).astype(np.float32)
         self.cut = np.zeros(ticks, bool)
-        self.conduct = Conduct(world.word_ticks, c.tick_ms / 1000)
+        self.conduct = Conduct(world.word_ticks, c.tick_ms / 1000, c.trunk.present_window)
         spurious = rng is not None and chosen is None and rng.random() < Chance.spurious
         self._blunder = int(rng.integers(ticks)) if rng is not None and spurious else -1
         self._late = {"say": 0, "act": 0}  # ticks that an answer is still kept back
