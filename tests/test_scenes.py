@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
 from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
 from export.distill.corpus import Corpus, CorpusMissing, load_corpus
 from export.distill.pictures import IGNORE, Thing
-from export.distill.scenes import Scene, hand_frames, make_scene, mixture, only, replay, word_windows
-from export.distill.script import REACTION_S
+from export.distill.scenes import Scene, Stage, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
+from export.distill.script import REACTION_S, Script
 from export.distill.sounds import ABOVE_NOISE, Chance, power
 from export.hands import draw_hand
 from export.scoreboard.report import BEHAVIOURS
@@ -167,6 +168,21 @@ def test_numbers_of_ticks_only_jump_between_things(scenes: list[Scene]) -> None:
     assert len(jumps) > 3
     # Whatever is still in memory can have been that long ago, and is not gone at once.
     assert min(jumps) >= 10 and 0.7 * window < max(jumps) <= window - 10
+
+
+def test_lessons_ask_for_what_was_long_ago(corpus: Corpus) -> None:
+    """The mixture hardly ever does: hands are shown all the time."""
+    config = dataclasses.replace(CONFIG, trunk=dataclasses.replace(CONFIG.trunk, present_window=320))
+    ages: dict[Stage, list[float]] = {mixture: [], lesson: []}
+    for stage, found in ages.items():
+        for seed in range(40):
+            script = Script(corpus, np.random.default_rng(seed), config, ticks=336)
+            stage(script)
+            for asked_s in (delivery.at_s for delivery in script.deliveries if delivery.tokens == ("last",)):
+                shown = [showing.full_s for showing in script.showings if showing.digit is not None and showing.full_s < asked_s]
+                found += [asked_s - max(shown)] if shown else []
+    assert 45 < max(ages[lesson]) < 64  # s; 320 ticks
+    assert sum(age > 30 for age in ages[lesson]) > 5 > sum(age > 30 for age in ages[mixture])
 
 
 def test_a_replay_with_its_own_choices_is_the_same_scene(scenes: list[Scene]) -> None:

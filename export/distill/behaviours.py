@@ -472,6 +472,14 @@ class Recall:
         script.deliver(at_s, "last")
         return at_s + 1.2
 
+    @staticmethod
+    def remember(script: Script, age_s: float) -> float:
+        """A hand sign, then words and no hands for so long, then the question what it was."""
+        shown_s = float(script.rng.uniform(0.4, 1.0))
+        over_s = script.show(int(script.rng.integers(len(DIGITS))), shown_s, script.rng.uniform(1.4, 2.2))
+        Free.fill(script, over_s + 0.5, max(age_s - 3.0, 1.0), hands=False)
+        return script.deliver(shown_s + age_s, "last")
+
     def react(self, moment: Moment, conduct: Conduct) -> None:
         if "last" not in moment.text or conduct.answered is None or conduct.quiet:
             return

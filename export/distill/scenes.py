@@ -10,7 +10,7 @@ import numpy as np
 from scipy.signal import fftconvolve
 
 from device.config import ModelConfig
-from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Behaviour, Conduct, Excuse, Free, Trial
+from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Behaviour, Conduct, Excuse, Free, Recall, Trial
 from export.distill.clips import RATE_HZ
 from export.distill.corpus import Corpus
 from export.distill.pictures import IGNORE, Camera, Thing, camera_pictures, no_pictures
@@ -32,14 +32,14 @@ from export.distill.sounds import (
 class Chance:
     """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
-    lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.7, 0.3, 0.5
+    lost_ticks, stray_text, told, session_start, jump, remembering = 0.04, 0.10, 0.7, 0.3, 0.5, 0.25
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
 
 SOONEST = 10  # ticks: so many at least are left out of a scene in which time passes, and as many of the memory are left
 
-Stage = Callable[[Script], None]
+Stage = Callable[[Script], object]  # fills a script; what it returns is not looked at
 
 
 class World(NamedTuple):
@@ -89,9 +89,18 @@ class Scene:
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray) and name != "room"}
 
 
-def mixture(script: Script) -> None:
-    """Fill the script with behaviours one after the other, by their shares."""
-    _one_after_the_other(script, BEHAVIOURS, [behaviour.share for behaviour in BEHAVIOURS])
+def mixture(script: Script, since_s: float = 0.0) -> None:
+    """Fill the script with behaviours one after the other, by their shares, from `since_s` on."""
+    _one_after_the_other(script, BEHAVIOURS, [behaviour.share for behaviour in BEHAVIOURS], since_s)
+
+
+def lesson(script: Script) -> None:
+    """The mixture; sometimes a good part of the scene, or of what the memory holds, lies between a hand and `last`."""
+    since_s = 0.0
+    if script.rng.random() < Chance.remembering:
+        memory_s = script.config.trunk.present_window * script.tick_s
+        since_s = Recall.remember(script, min(script.length_s, memory_s) * script.rng.uniform(0.4, 0.95))
+    mixture(script, since_s)
 
 
 def only(name: str) -> Stage:
@@ -100,9 +109,9 @@ def only(name: str) -> Stage:
     return lambda script: _one_after_the_other(script, chosen, [3.0 if behaviour.name == name else 1.0 for behaviour in chosen])
 
 
-def _one_after_the_other(script: Script, behaviours: Sequence[Behaviour], weights: Sequence[float]) -> None:
+def _one_after_the_other(script: Script, behaviours: Sequence[Behaviour], weights: Sequence[float], since_s: float = 0.0) -> None:
     shares = np.array(weights) / sum(weights)
-    at_s = float(script.rng.uniform(0.2, 1.5))
+    at_s = since_s + float(script.rng.uniform(0.2, 1.5))
     while at_s < script.length_s - 1.5:
         behaviour = behaviours[script.rng.choice(len(behaviours), p=shares)]
         # Not at once where the last thing could still be seen or heard.
@@ -117,7 +126,7 @@ def make_scene(
     c: ModelConfig,
     ticks: int = 96,
     flawless: bool = False,
-    stage: Stage = mixture,
+    stage: Stage = lesson,
 ) -> Scene:
     """One scene, the same for the same state of `rng`.
 

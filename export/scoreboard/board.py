@@ -18,7 +18,7 @@ import numpy as np
 
 from device.bundle import Bundle
 from device.engine import OnnxRuntimeEngine
-from export.distill.behaviours import BEHAVIOURS, DIGITS, Free
+from export.distill.behaviours import BEHAVIOURS, DIGITS, Free, Recall
 from export.distill.clips import Split
 from export.distill.corpus import Corpus, load_corpus
 from export.distill.scenes import Scene, Stage, make_scene, mixture, only
@@ -92,7 +92,7 @@ def stage(group: str) -> Stage:
     if group == DOUBTS:
         return doubts
     if group.startswith(RECALL):
-        return partial(recall_after, age_s=float(group.removeprefix(RECALL)))
+        return partial(Recall.remember, age_s=float(group.removeprefix(RECALL)))
     return mixture if group == "mixture" else only(group)
 
 
@@ -116,14 +116,6 @@ def doubts(script: Script) -> None:
     while at_s < script.length_s - 2.5:
         over_s = script.show(int(rng.integers(len(DIGITS))), at_s, rng.uniform(1.0, 2.0))
         at_s = max(script.say("no" if rng.random() < 0.8 else "yes", at_s + rng.uniform(1.2, 3.0)), over_s) + rng.uniform(0.5, 1.5)
-
-
-def recall_after(script: Script, age_s: float) -> None:
-    """A hand sign, then words and no hands for so long, then the question what it was."""
-    shown_s = float(script.rng.uniform(0.4, 1.0))
-    over_s = script.show(int(script.rng.integers(len(DIGITS))), shown_s, script.rng.uniform(1.4, 2.2))
-    Free.fill(script, over_s + 0.5, max(age_s - 3.0, 1.0), hands=False)
-    script.deliver(shown_s + age_s, "last")
 
 
 def showcase(script: Script) -> None:
