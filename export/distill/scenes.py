@@ -37,7 +37,7 @@ class Chance:
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
 
-SOONEST = 10  # ticks: so many at least are left out of a scene in which time passes, and as many of the memory are left
+SHORTEST_GAP = 10  # ticks left out of a scene in which time passes; behind the longest gap as many of the memory are left
 
 Stage = Callable[[Script], object]  # fills a script; what it returns is not looked at
 
@@ -276,8 +276,8 @@ def _jump(rng: np.random.Generator, script: Script, moments: list[Moment]) -> tu
         return 0, 0
     # Above all before the text that asks what was long ago.
     weights = np.array([5.0 if any("last" in moment.text for moment in moments[tick : tick + 8]) else 1.0 for tick in calm])
-    longest = script.config.trunk.present_window - SOONEST
-    return int(rng.choice(calm, p=weights / weights.sum())), int(rng.integers(SOONEST, max(longest, SOONEST) + 1))
+    longest = script.config.trunk.present_window - SHORTEST_GAP
+    return int(rng.choice(calm, p=weights / weights.sum())), int(rng.integers(SHORTEST_GAP, max(longest, SHORTEST_GAP) + 1))
 
 
 # ---- the companion's past -------------------------------------------------------------------------------------------------------
