@@ -17,8 +17,8 @@ from export.distill.behaviours import ACTS, WORDS, Trial
 from export.quantize import verify as module
 from export.quantize.closed_loop import Board, Life, Pair
 from export.quantize.compare import ProbeEngine
-from export.quantize.gates import GATES, Gate
-from export.quantize.verify import _LongRun, _measure, corpus_digest
+from export.quantize.gates import GATES, Gate, judge
+from export.quantize.verify import _LongRun, _measure, _refusal, corpus_digest
 from export.scoreboard.score import HIT, MISSED, Outcome, Verdict
 
 CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
@@ -40,6 +40,17 @@ def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_b
     assert loss == pytest.approx(20.0) and 10 < low < 20 < high < 32
     equal = [_pair(([1, 0], [1, 0])) for _ in range(30)]
     assert Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
+
+
+def test_a_refusal_names_the_interval_and_what_was_lost() -> None:
+    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), ProbeEngine(float_model(), SMALL)], 0)
+    for record in lively()[:10]:
+        run.step({name: record[name] for name in record.dtype.names or ()})
+    values, details = _measure([_pair(([1], [1])) for _ in range(15)] + [_pair(([1], [0])) for _ in range(5)], run)
+    reason = _refusal({"gates": judge(values | {"scenes": 100.0, "long run": 3000.0}, "int8"), **details})
+    assert reason.startswith("scoreboard loss. scenes 100.000") and "scoreboard loss 25.000 points (at most 1)" in reason
+    low, high = details["closed_loop"]["loss_interval_95"]
+    assert f"95 %: {low:.2f} … {high:.2f}; most in act 100.0 → 75.0 % of 20 trials. No proof was written" in reason
 
 
 def test_every_tick_counts_in_the_agreement() -> None:

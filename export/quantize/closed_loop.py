@@ -81,6 +81,10 @@ class Board:
         rates = 100 * self._hits.sum(axis=0) / np.maximum(self._asked.sum(axis=0), 1)
         return {name: [float(rate) for rate in rates[:, i]] for i, name in enumerate(self._names)}
 
+    def trials(self) -> dict[str, int]:
+        """How often each behaviour was asked for, of the graph of which it was asked less often."""
+        return {name: int(asked) for name, asked in zip(self._names, self._asked.sum(axis=0).min(axis=0), strict=True)}
+
     def loss(self) -> tuple[float, float, float]:
         """Score lost in points, with the 95 % interval from scenes drawn again with replacement, the same for both graphs."""
         count = len(self._hits)

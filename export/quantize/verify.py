@@ -34,6 +34,7 @@ from export.scoreboard.board import SCENE_TICKS, Player, Task
 from export.scoreboard.play import play
 
 _LONG_RUN_FROM = 100_000  # its scenes are none of those of the closed loop
+_NAMED = 3  # behaviours that a refusal names
 
 
 class ProofFailed(ExportError):
@@ -119,13 +120,8 @@ def verify(bundle: Path, against: Path, data: Path, split: Split, scenes: int, t
         "tools": {name: importlib.metadata.version(name) for name in ("copresence", "numpy", "onnxruntime")}
         | {"python": platform.python_version(), "machine": platform.machine()},
     }
-    failed = [gate for gate in proof["gates"] if not gate["passed"]]
-    if failed:
-        names = ", ".join(gate["gate"] for gate in failed)
-        raise ProofFailed(
-            f"{bundle} is not proven: {names}. {'; '.join(map(_line, proof['gates']))}. "
-            "No proof was written; quantize with --budget or another --precision, or give more --scenes and --ticks where those are few"
-        )
+    if not all(gate["passed"] for gate in proof["gates"]):
+        raise ProofFailed(f"{bundle} is not proven: {_refusal(proof)}")
     _write(quantized, proof)
     return proof
 
@@ -188,6 +184,7 @@ def _measure(pairs: list[Pair], run: _LongRun) -> tuple[dict[str, float], dict[s
             "score": dict(zip(("float", "quantized"), board.scores(), strict=True)),
             "loss_interval_95": [low, high],
             "behaviours": board.behaviours(),
+            "trials": board.trials(),
             "agreement_where_either_reacts": 100 * float((same_say & same_act)[active].mean()) if active.any() else 100.0,
             "false_per_minute": {
                 name: sum(len(pair.lives[i].verdict.false) for pair in pairs) / minutes for i, name in enumerate(("float", "quantized"))
@@ -222,6 +219,22 @@ def table(proof: dict[str, Any]) -> str:
         verdict = "passed" if gate["passed"] else "failed"
         lines.append(f"| {gate['gate']}, {gate['unit']} | {gate['value']:.3f}{beside} | {sign} {gate['limit']:g} | {verdict} |")
     return "\n".join(lines)
+
+
+def _refusal(proof: dict[str, Any]) -> str:
+    """Which gates were not passed, all of them with their values, which behaviours lost most, and what to do."""
+    loop = proof["closed_loop"]
+    names = ", ".join(gate["gate"] for gate in proof["gates"] if not gate["passed"])
+    low, high = loop["loss_interval_95"]
+    lost = sorted(loop["behaviours"].items(), key=lambda rates: rates[1][1] - rates[1][0])
+    most = [
+        f"{name} {before:.1f} → {after:.1f} % of {loop['trials'][name]} trials" for name, (before, after) in lost[:_NAMED] if after < before
+    ]
+    return (
+        f"{names}. {'; '.join(map(_line, proof['gates']))}. "
+        f"Scoreboard loss, 95 %: {low:.2f} … {high:.2f}; most in {', '.join(most) or 'none'}. "
+        "No proof was written; quantize with --budget or another --precision, or give more --scenes and --ticks where those are few"
+    )
 
 
 def _line(gate: dict[str, Any]) -> str:
