@@ -42,10 +42,16 @@ def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_b
     assert Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
 
 
-def test_a_refusal_names_the_interval_and_what_was_lost() -> None:
-    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), ProbeEngine(float_model(), SMALL)], 0)
-    for record in lively()[:10]:
+def _long_run(other: ProbeEngine, ticks: int) -> _LongRun:
+    """The float graph and `other` over the same `ticks` inputs."""
+    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), other], 0)
+    for record in lively()[:ticks]:
         run.step({name: record[name] for name in record.dtype.names or ()})
+    return run
+
+
+def test_a_refusal_names_the_interval_and_what_was_lost() -> None:
+    run = _long_run(ProbeEngine(float_model(), SMALL), 10)
     values, details = _measure([_pair(([1], [1])) for _ in range(15)] + [_pair(([1], [0])) for _ in range(5)], run)
     reason = _refusal({"gates": judge(values | {"scenes": 100.0, "long run": 3000.0}, "int8"), **details})
     assert reason.startswith("scoreboard loss. scenes 100.000") and "scoreboard loss 25.000 points (at most 1)" in reason
@@ -56,9 +62,7 @@ def test_a_refusal_names_the_interval_and_what_was_lost() -> None:
 def test_every_tick_counts_in_the_agreement() -> None:
     say = np.zeros((10, 2), np.int32)
     say[3, 1] = 5
-    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), ProbeEngine(float_model(), SMALL)], 0)
-    for record in lively()[:10]:
-        run.step({name: record[name] for name in record.dtype.names or ()})
+    run = _long_run(ProbeEngine(float_model(), SMALL), 10)
     values, details = _measure([_pair(([1], [1])), _pair(([1], [1]), say)], run)
     assert values["say agreement"] == pytest.approx(95.0) and values["act agreement"] == 100.0
     assert details["closed_loop"]["agreement_where_either_reacts"] == 0.0
@@ -75,10 +79,7 @@ def test_memory_that_drifts_apart_shows_at_the_end() -> None:
             self.launches += 1
             self.outputs["new_key_0"][...] *= 1 + 1e-3 * self.launches
 
-    run = _LongRun(SMALL, [ProbeEngine(float_model(), SMALL), Drifting(float_model(), SMALL)], 0)
-    for record in lively()[:40]:
-        run.step({name: record[name] for name in record.dtype.names or ()})
-    first, last = run.memory()
+    first, last = _long_run(Drifting(float_model(), SMALL), 40).memory()
     assert last > 2 * first > 0
 
 
