@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--against", type=Path, required=True, metavar="BUNDLE", help="the float bundle it was made from")
     verify.add_argument("--data", type=Path, required=True, help="corpus folder")
     verify.add_argument("--split", choices=("dev", "test"), default="test")
-    verify.add_argument("--scenes", type=int, default=25, help="in closed loop, for each behaviour (default 25)")
+    verify.add_argument("--scenes", type=int, default=25, help="in closed loop, at least so many that ask for each behaviour (default 25)")
     verify.add_argument("--ticks", type=int, default=3000, help="of the long run, for speech and memory (default 3000)")
     verify.add_argument("--seed", type=int, default=0)
     verify.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")

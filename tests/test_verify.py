@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,28 @@ from device.bundle import MANIFEST_NAME, Bundle
 from device.config import ModelConfig
 from export import cli
 from export.distill.behaviours import ACTS, WORDS, Trial
-from export.quantize import verify as module
-from export.quantize.closed_loop import Board, Life, Pair
+from export.quantize import closed_loop
+from export.quantize.closed_loop import GROUPS, Board, Life, Pair, tasks
 from export.quantize.compare import ProbeEngine
 from export.quantize.gates import GATES, Gate, judge
 from export.quantize.verify import _LongRun, _measure, _refusal, corpus_digest
+from export.scoreboard.board import SCENE_TICKS, STOPPED, Task
+from export.scoreboard.report import BEHAVIOURS
 from export.scoreboard.score import HIT, MISSED, Outcome, Verdict
 
 CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts": ACTS}})
 
 
+def _verdict(behaviour: str, hits: list[int]) -> Verdict:
+    return Verdict([Outcome(Trial(behaviour, 0.0, ()), 0, HIT if hit else MISSED, None) for hit in hits], [], 0.0, 0, [], [])
+
+
 def _pair(hits: tuple[list[int], list[int]], say: np.ndarray | None = None) -> Pair:
     """A scene in which `act` was asked for: 1 for each hit, for the float and the quantized graph."""
-    verdicts = [
-        Verdict([Outcome(Trial("act", 0.0, ()), 0, HIT if hit else MISSED, None) for hit in half], [], 0.0, 0, [], []) for half in hits
-    ]
+    verdicts = [_verdict("act", half) for half in hits]
     quiet = np.zeros((10, 2), np.int32)
     lives = [Life(verdict, quiet if i == 0 or say is None else say, np.zeros(10, np.int32)) for i, verdict in enumerate(verdicts)]
-    return Pair((lives[0], lives[1]), 2.0)
+    return Pair(Task("nothing", 0, 10), (lives[0], lives[1]), 2.0)
 
 
 def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_both() -> None:
@@ -40,6 +45,25 @@ def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_b
     assert loss == pytest.approx(20.0) and 10 < low < 20 < high < 32
     equal = [_pair(([1, 0], [1, 0])) for _ in range(30)]
     assert Board(equal).loss() == (0.0, 0.0, 0.0)  # however varied the scenes: what both do alike is no difference
+
+
+def _asked(task: Task, both: set[str], one: set[str]) -> Pair:
+    """A scene in which these behaviours were asked for of both graphs, and of the float one alone."""
+    halves = [Verdict([o for name in names for o in _verdict(name, [1]).outcomes], [], 0.0, 0, [], []) for names in (both | one, both)]
+    lives = [Life(half, np.zeros((1, 2), np.int32), np.zeros(1, np.int32)) for half in halves]
+    return Pair(task, (lives[0], lives[1]), 2.0)
+
+
+def test_scenes_are_played_until_each_behaviour_was_asked_of_both_graphs_often_enough() -> None:
+    """Every behaviour weighs the same in the loss: with three trials, one of them would be two points of it."""
+    first = tasks([], 2)
+    assert Counter(task.group for task in first) == dict.fromkeys(GROUPS, 2) and len(set(first)) == len(first)
+    every = set(BEHAVIOURS)
+    assert tasks([_asked(task, every, set()) for task in first], 2) == []
+    pairs = [_asked(task, every - {"cancel", "yield", "hold"}, {"cancel"}) for task in first]
+    pairs[0] = _asked(first[0], every - {"yield"}, set())
+    assert tasks(pairs, 2) == [Task("recite", number, SCENE_TICKS) for number in (2, 3)] + [Task(STOPPED, 2, SCENE_TICKS)]
+    assert tasks([pairs[0]] * 9, 2), "the same scene again is no other scene"
 
 
 def _long_run(other: ProbeEngine, ticks: int) -> _LongRun:
@@ -110,7 +134,8 @@ def test_only_what_passes_every_gate_gets_a_proof(
     bundles: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With people of the test split; a model of random weights, which does the same in both precisions."""
-    monkeypatch.setattr(module, "GROUPS", ("mixture", "count"))
+    monkeypatch.setattr(closed_loop, "GROUPS", ("mixture", "count"))
+    monkeypatch.setattr(closed_loop, "lacking", lambda *_: {})
     arguments = ["verify", str(bundles / "fp16"), "--against", str(bundles / "float"), "--data", str(data_root), "--jobs", "1"]
     arguments += ["--scenes", "1", "--ticks", "200"]
     before = (bundles / "fp16" / MANIFEST_NAME).read_bytes()

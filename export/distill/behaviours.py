@@ -299,7 +299,8 @@ class Timer:
 
     name, share = "timer", 0.16
 
-    def stage(self, script: Script, at_s: float) -> float:
+    def stage(self, script: Script, at_s: float, stopped: float = 0.15) -> float:
+        """One timer, with probability `stopped` a cancelled one."""
         rng = script.rng
         digit = int(rng.integers(1, 10)) if rng.random() < 0.75 else int(rng.integers(1, 5))
         go_s = at_s + rng.uniform(0.9, 2.2)
@@ -307,7 +308,7 @@ class Timer:
         if end_s <= go_s or script.show(digit, at_s, end_s - at_s + rng.uniform(0.35, 1.5)) <= at_s:
             return at_s
         over_s = end_s + digit
-        if rng.random() < 0.15:
+        if rng.random() < stopped:
             stop_s = end_s + rng.uniform(0.6, max(digit - 0.8, 0.7))
             stopped_s = script.say("stop", stop_s)
             return (stopped_s if stopped_s > stop_s else over_s) + rng.uniform(0.6, 2.0)

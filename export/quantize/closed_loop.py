@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +14,11 @@ from device.config import ModelConfig
 from device.engine import Engine
 from export.distill.behaviours import BEHAVIOURS
 from export.distill.scenes import Scene
-from export.scoreboard.board import DOUBTS
+from export.scoreboard.board import DOUBTS, SCENE_TICKS, STOPPED, Task, lacking
 from export.scoreboard.play import play
 from export.scoreboard.score import HIT, Verdict, judge
 
-GROUPS = ("mixture", *(behaviour.name for behaviour in BEHAVIOURS), DOUBTS)
+GROUPS = ("mixture", *(behaviour.name for behaviour in BEHAVIOURS), DOUBTS, STOPPED)
 RESAMPLES = 2000
 
 
@@ -31,6 +34,7 @@ class Life(NamedTuple):
 class Pair:
     """One scene, lived through by the float graph and by the quantized one."""
 
+    task: Task
     lives: tuple[Life, Life]
     seconds: float
 
@@ -54,6 +58,19 @@ def live(scene: Scene, config: ModelConfig, engine: Engine, number: int) -> Life
     witness = _Witness(engine)
     verdict = judge(scene, play(scene, config, witness, number), number)
     return Life(verdict, np.stack(witness.said), np.array(witness.acted))
+
+
+def tasks(pairs: list[Pair], scenes: int) -> list[Task]:
+    """What to play after `pairs`: so many scenes of every group, then more until each behaviour was asked for in so many; none at the end.
+
+    Every behaviour weighs the same in the loss, so one with few trials would decide it by chance.
+    """
+    if not pairs:
+        return [Task(group, number, SCENE_TICKS) for group in GROUPS for number in range(scenes)]
+    # Of the graph of which a behaviour was asked less often.
+    missing = reduce(or_, (Counter(lacking(((pair.task, pair.lives[i].verdict) for pair in pairs), scenes)) for i in (0, 1)))
+    played = Counter(pair.task.group for pair in pairs)
+    return [Task(group, played[group] + number, SCENE_TICKS) for group, few in missing.items() for number in range(few)]
 
 
 class Board:

@@ -20,13 +20,13 @@ import onnx
 
 from device.bundle import Bundle
 from device.engine import OnnxRuntimeEngine
-from export.quantize.closed_loop import GROUPS, Board, Life, Pair, live
+from export.quantize.closed_loop import Board, Life, Pair, live, tasks
 from export.quantize.compare import ProbeEngine, compare
 from export.quantize.placement import find_layers, place
 from export.quantize.quantize import measure
 from export.quantize.ranges import METHODS, choose
 from export.quantize.recordings import DataSet, outputs_of
-from export.scoreboard.board import SCENE_TICKS, Player, Task
+from export.scoreboard.board import Player
 
 TICKS = 100  # that each is calibrated on: the rivals keep every intermediate tensor
 COMPARED_TICKS = 384
@@ -129,18 +129,19 @@ class Reference:
         self.model = onnx.load(bundle.graph)
         self.ticks = outputs_of(self.model, data, COMPARED_TICKS, "float")
         self._player = Player(bundle.path, people, "test", 0, ())
+        self._tasks = tasks([], SCENES)
         self.lives = self.live(bundle.graph)
 
     def live(self, graph: Path) -> list[Life]:
         """`graph` in every scene."""
         config = self.data.config
         engine = OnnxRuntimeEngine(graph, config)
-        tasks = [Task(group, number, SCENE_TICKS) for group in GROUPS for number in range(SCENES)]
-        return [live(self._player.scene(task), config, engine, task.number) for task in tasks]
+        return [live(self._player.scene(task), config, engine, task.number) for task in self._tasks]
 
     def pairs(self, graph: Path) -> list[Pair]:
-        seconds = SCENE_TICKS * self.data.config.tick_ms / 1000
-        return [Pair(lives, seconds) for lives in zip(self.lives, self.live(graph), strict=True)]
+        tick_s = self.data.config.tick_ms / 1000
+        found = zip(self._tasks, zip(self.lives, self.live(graph), strict=True), strict=True)
+        return [Pair(task, lives, task.ticks * tick_s) for task, lives in found]
 
 
 def ways(data: DataSet) -> dict[str, Make]:

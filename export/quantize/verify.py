@@ -27,7 +27,7 @@ from device.session import Rings
 from export.distill.clips import Split
 from export.distill.corpus import Corpus
 from export.errors import ExportError
-from export.quantize.closed_loop import GROUPS, Board, Pair, live
+from export.quantize.closed_loop import Board, Pair, live, tasks
 from export.quantize.compare import KEPT, Difference, compare, memory_error
 from export.quantize.gates import judge
 from export.scoreboard.board import SCENE_TICKS, Player, Task
@@ -53,7 +53,7 @@ class _Couple:
     def live(self, task: Task) -> Pair:
         scene = self.player.scene(task)
         reference, quantized = (live(scene, self.player.config, engine, task.number) for engine in self.engines)
-        return Pair((reference, quantized), task.ticks * self.player.config.tick_ms / 1000)
+        return Pair(task, (reference, quantized), task.ticks * self.player.config.tick_ms / 1000)
 
 
 class _LongRun:
@@ -97,15 +97,16 @@ class _LongRun:
 def verify(bundle: Path, against: Path, data: Path, split: Split, scenes: int, ticks: int, seed: int, jobs: int) -> dict[str, Any]:
     """Prove `bundle` against the float bundle it was made from, and write the proof into its manifest; returns the proof.
 
-    `scenes` for each group of them in closed loop, `ticks` in the long run. Raises ProofFailed, with nothing written, when a gate
-    is not passed, and ExportError or BundleError when the two bundles do not belong together.
+    In closed loop at least `scenes` that ask for each behaviour, `ticks` in the long run. Raises ProofFailed, with nothing
+    written, when a gate is not passed, and ExportError or BundleError when the two bundles do not belong together.
     """
     quantized, reference = Bundle.open(bundle, unproven=True), Bundle.open(against)
     _require_pair(quantized, reference)
-    tasks = [Task(group, number, SCENE_TICKS) for group in GROUPS for number in range(scenes)]
     arguments = (against, bundle, data, split, seed)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, arguments) as pool:
-        pairs = list(_progress(pool.map(_live, tasks), len(tasks), "closed loop", "scene"))
+        pairs: list[Pair] = []
+        while todo := tasks(pairs, scenes):
+            pairs += _progress(pool.map(_live, todo), len(todo), "closed loop", "scene")
     couple = _Couple(*arguments)
     run = _long_run(couple, reference.config, ticks, seed)
     values, details = _measure(pairs, run)

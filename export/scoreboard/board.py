@@ -18,7 +18,7 @@ import numpy as np
 
 from device.bundle import Bundle
 from device.engine import OnnxRuntimeEngine
-from export.distill.behaviours import BEHAVIOURS, DIGITS, Free, Recall
+from export.distill.behaviours import BEHAVIOURS, DIGITS, Free, Recall, Timer
 from export.distill.clips import Split
 from export.distill.corpus import Corpus, load_corpus
 from export.distill.scenes import Scene, Stage, make_scene, mixture, only
@@ -32,9 +32,12 @@ from export.spoken_words import render_words
 SYSTEMS = ("presence", "telephone", "walkie-talkie")
 SCENE_TICKS, SILENCE_TICKS = 96, 150
 AGES_S = (5, 15, 30, 60)  # of a memory
-SILENCE, SHOWCASE, DOUBTS, RECALL = "silence", "showcase", "doubts", "recall after "  # groups of scenes, the last with the age
+# Groups of scenes beside the behaviours' own; the last with the age.
+SILENCE, SHOWCASE, DOUBTS, STOPPED, RECALL = "silence", "showcase", "doubts", "stopped timers", "recall after "
 # Which group of scenes asks for a behaviour that has no stage of its own.
-_STAGED_BY = {"yield": "recite", "hold": "recite"} | dict.fromkeys(("act", "ok", "show", "answer"), Free.name) | {"ask": DOUBTS}
+_STAGED_BY = {"yield": "recite", "hold": "recite", "cancel": STOPPED, "ask": DOUBTS} | dict.fromkeys(
+    ("act", "ok", "show", "answer"), Free.name
+)
 _ROUND = 8  # scenes that are given out at once
 
 
@@ -91,6 +94,8 @@ def stage(group: str) -> Stage:
         return showcase
     if group == DOUBTS:
         return doubts
+    if group == STOPPED:
+        return stopped_timers
     if group.startswith(RECALL):
         return partial(Recall.remember, age_s=float(group.removeprefix(RECALL)))
     return mixture if group == "mixture" else only(group)
@@ -116,6 +121,13 @@ def doubts(script: Script) -> None:
     while at_s < script.length_s - 2.5:
         over_s = script.show(int(rng.integers(len(DIGITS))), at_s, rng.uniform(1.0, 2.0))
         at_s = max(script.say("no" if rng.random() < 0.8 else "yes", at_s + rng.uniform(1.2, 3.0)), over_s) + rng.uniform(0.5, 1.5)
+
+
+def stopped_timers(script: Script) -> None:
+    """Timers, and a "stop" before most of them are over."""
+    at_s = float(script.rng.uniform(0.3, 1.0))
+    while at_s < script.length_s - 2.5:
+        at_s = Timer().stage(script, at_s, stopped=0.8) + script.rng.uniform(0.3, 1.0)
 
 
 def showcase(script: Script) -> None:
@@ -155,24 +167,28 @@ def run(
         hours = [Task(SILENCE, i, SILENCE_TICKS) for i in range(round(3600 / (SILENCE_TICKS * tick_s) * min(scenes / 50, 1)))]
         memories = [Task(f"{RECALL}{age}", i, round((age + 3) / tick_s)) for age in AGES_S for i in range(-(-scenes // 2))]
         count = 0
-        while lacking := _lacking(entries, scenes):
-            groups = ["mixture", *dict.fromkeys(_STAGED_BY.get(behaviour, behaviour) for behaviour in lacking)]
+        while missing := lacking(((entry.task, entry.verdict) for entry in entries), scenes):
+            groups = ["mixture", *missing]
             tasks = [Task(group, count + i, SCENE_TICKS) for group in groups for i in range(-(-_ROUND // len(groups)))]
             count += _ROUND
-            play(tasks, len(tasks) + len(hours) + len(memories) + sum(lacking.values()))
+            play(tasks, len(tasks) + len(hours) + len(memories) + sum(missing.values()))
         play(memories, len(memories) + len(hours))
         play(hours, len(hours))
     return entries
 
 
-def _lacking(entries: list[Entry], scenes: int) -> dict[str, int]:
-    """How many scenes are still missing that ask for a behaviour, by behaviour; none when there are enough."""
+def lacking(played: Iterable[tuple[Task, Verdict]], scenes: int) -> dict[str, int]:
+    """How many scenes of which groups are still missing before each behaviour was asked for in so many; none when there are enough."""
     asked: dict[str, set[Task]] = defaultdict(set)
-    for entry in entries:
-        for outcome in entry.verdict.outcomes:
-            asked[outcome.trial.behaviour].add(entry.task)
-    names = [behaviour.name for behaviour in BEHAVIOURS if behaviour.name != Free.name] + ["ok", "ask"]
-    return {name: scenes - len(asked[name]) for name in names if len(asked[name]) < scenes}
+    for task, verdict in played:
+        for outcome in verdict.outcomes:
+            asked[outcome.trial.behaviour].add(task)
+    missing: dict[str, int] = {}
+    for name in (*(behaviour.name for behaviour in BEHAVIOURS if behaviour.name != Free.name), "ok", "ask", "cancel"):
+        if len(asked[name]) < scenes:
+            group = _STAGED_BY.get(name, name)
+            missing[group] = max(missing.get(group, 0), scenes - len(asked[name]))
+    return missing
 
 
 _player: list[Player] = []
