@@ -22,8 +22,8 @@ from export import cli
 from export.quantize import PRECISIONS
 from export.quantize.compare import Difference, ProbeEngine, mel_distortion
 from export.quantize.gates import GATES, judge, spent
-from export.quantize.placement import OPSET, STAYS_FLOAT, QuantizeError, find_layers, place, quantize_int4, quantize_int8
-from export.quantize.quantize import measure
+from export.quantize.placement import OPSET, STAYS_FLOAT, Layer, QuantizeError, find_layers, place, quantize_int4, quantize_int8
+from export.quantize.quantize import INPUT_ERROR, int8_precisions, measure
 from export.quantize.ranges import BINS, METHODS, Histogram, choose
 from export.quantize.recordings import DataSet, outputs_of
 from export.quantize.sensitivity import keep_under_budget, scan
@@ -83,7 +83,19 @@ def test_the_error_of_a_histogram_is_that_of_int8() -> None:
 def test_a_tensor_that_is_always_zero_has_a_range() -> None:
     histogram = Histogram()
     histogram.add(np.zeros(5, np.float32))
-    assert choose(histogram).scale > 0
+    assert choose(histogram).scale > 0 and choose(histogram).error == 0.0
+
+
+def test_what_loses_too_much_in_int8_stays_float() -> None:
+    rng, ranges = np.random.default_rng(0), {}
+    for name, values in {"even": rng.uniform(-1, 1, 200_000), "tailed": rng.standard_normal(200_000) ** 7, "none": np.zeros(9)}.items():
+        histogram = Histogram()
+        histogram.add(values.astype(np.float32))
+        ranges[name] = choose(histogram)
+    assert ranges["even"].error < INPUT_ERROR < ranges["tailed"].error
+    inputs = {"a": ("even", "none"), "b": ("tailed",), "c": ("even", "tailed")}
+    chosen = int8_precisions([Layer(name, (1, 1), names, names) for name, names in inputs.items()], ranges)
+    assert chosen == {"a": "int8", "b": "int8-weights", "c": "int8-weights"}
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------------
@@ -230,6 +242,10 @@ def test_a_quantized_bundle_says_what_it_was_made_of(quantized: Path, data: Data
     assert {each["method"] for each in report["activations"].values()} <= set(METHODS)
     assert all(sum(each["histogram"]["counts"]) > 0 for each in report["activations"].values())
     assert len(report["sensitivity"]["alone"]) == len(report["layers"])
+    errors = {name: each["tried"][each["method"]]["error"] for name, each in report["activations"].items()}
+    assert all(
+        (layer["precision"] == "int8") == (max(errors[name] for name in layer["inputs"]) <= INPUT_ERROR) for layer in report["layers"]
+    )
     OnnxRuntimeEngine(bundle.graph, bundle.config).run()
     assert cli.main(["show", str(quantized)]) == 0
     assert "quantized int8 from small" in capsys.readouterr().out

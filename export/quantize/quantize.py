@@ -24,6 +24,7 @@ from export.ticks import TICKS_NAME, store_ticks
 
 REPORT_NAME = "quantization.json"
 COMPARED_TICKS = 400  # of the calibration set, for the error written into the report
+INPUT_ERROR = 5e-4  # relative squared error that int8 may cost what enters a layer; where it costs more, only the weights are int8
 
 
 def quantize(
@@ -47,7 +48,7 @@ def quantize(
     layers = find_layers(model)
     histograms = measure(model, layers, data) if precision == "int8" else {}
     ranges = {name: choose(histogram, method) for name, histogram in histograms.items()}
-    chosen: dict[str, Precision] = {layer.name: precision for layer in layers}
+    chosen: dict[str, Precision] = int8_precisions(layers, ranges) if precision == "int8" else {y.name: precision for y in layers}
     scales = {name: found.scale for name, found in ranges.items()}
     found: Scan | None = None
     if scan_folder is not None or budget is not None:
@@ -63,6 +64,12 @@ def quantize(
     _write(bundle, placed, out, precision, data, report)
     Bundle.open(out, unproven=True)  # what was written can be read back
     return difference
+
+
+def int8_precisions(layers: list[Layer], ranges: Mapping[str, Range]) -> dict[str, Precision]:
+    """By weight: `int8`, or `int8-weights` for a layer with an input that loses more than INPUT_ERROR by its range."""
+    lost = {layer.name: max(ranges[name].error for name in layer.inputs) for layer in layers}
+    return {name: "int8-weights" if error > INPUT_ERROR else "int8" for name, error in lost.items()}
 
 
 def measure(model: onnx.ModelProto, layers: list[Layer], data: DataSet) -> dict[str, Histogram]:

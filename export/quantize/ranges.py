@@ -87,6 +87,11 @@ class Range(NamedTuple):
     def scale(self) -> float:
         return self.limit / STEPS
 
+    @property
+    def error(self) -> float:
+        """Mean squared error relative to the mean square; 0 for a tensor that is always zero."""
+        return self.tried[self.method]["error"] if self.tried else 0.0
+
 
 def choose(h: Histogram, method: str = "auto") -> Range:
     """The range by `method`; 'auto' takes the one of METHODS that loses least."""

@@ -23,7 +23,7 @@ from device.engine import OnnxRuntimeEngine
 from export.quantize.closed_loop import Board, Life, Pair, live, tasks
 from export.quantize.compare import ProbeEngine, compare
 from export.quantize.placement import find_layers, place
-from export.quantize.quantize import measure
+from export.quantize.quantize import int8_precisions, measure
 from export.quantize.ranges import METHODS, choose
 from export.quantize.recordings import DataSet, outputs_of
 from export.scoreboard.board import Player
@@ -64,8 +64,8 @@ def own(data: DataSet, method: str) -> Make:
     def make(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
         layers = find_layers(model)
-        scales = {name: choose(histogram, method).scale for name, histogram in measure(model, layers, data).items()}
-        return place(model, {layer.name: "int8" for layer in layers}, scales)
+        ranges = {name: choose(histogram, method) for name, histogram in measure(model, layers, data).items()}
+        return place(model, int8_precisions(layers, ranges), {name: found.scale for name, found in ranges.items()})
 
     return make
 
