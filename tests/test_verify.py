@@ -64,6 +64,10 @@ def test_scenes_are_played_until_each_behaviour_was_asked_of_both_graphs_often_e
     pairs[0] = _asked(first[0], every - {"yield"}, set())
     assert tasks(pairs, 2) == [Task("recite", number, SCENE_TICKS) for number in (2, 3)] + [Task(STOPPED, 2, SCENE_TICKS)]
     assert tasks([pairs[0]] * 9, 2), "the same scene again is no other scene"
+    mute = [_asked(Task(group, number, SCENE_TICKS), every - {"recall"}, set()) for group in GROUPS for number in range(15)]
+    assert tasks(mute, 2) == [Task("recall", number, SCENE_TICKS) for number in (15, 16)]
+    mute.append(_asked(Task("recall", 15, SCENE_TICKS), every - {"recall"}, set()))
+    assert tasks(mute, 2) == [], "who never says a digit is never asked for the last: that ends too"
 
 
 def _long_run(other: ProbeEngine, ticks: int) -> _LongRun:

@@ -39,6 +39,7 @@ _STAGED_BY = {"yield": "recite", "hold": "recite", "cancel": STOPPED, "ask": DOU
     ("act", "ok", "show", "answer"), Free.name
 )
 _ROUND = 8  # scenes that are given out at once
+_PATIENCE = 8  # times as many scenes of a group as are wanted: who never says a digit is never asked which it was
 
 
 class Task(NamedTuple):
@@ -178,15 +179,20 @@ def run(
 
 
 def lacking(played: Iterable[tuple[Task, Verdict]], scenes: int) -> dict[str, int]:
-    """How many scenes of which groups are still missing before each behaviour was asked for in so many; none when there are enough."""
+    """How many scenes of which groups are still missing before each behaviour was asked for in so many; none when there are enough.
+
+    Some trials follow from what a companion did. A group that was played _PATIENCE times as often as is wanted is given up.
+    """
     asked: dict[str, set[Task]] = defaultdict(set)
+    tried: dict[str, set[Task]] = defaultdict(set)
     for task, verdict in played:
+        tried[task.group].add(task)
         for outcome in verdict.outcomes:
             asked[outcome.trial.behaviour].add(task)
     missing: dict[str, int] = {}
     for name in (*(behaviour.name for behaviour in BEHAVIOURS if behaviour.name != Free.name), "ok", "ask", "cancel"):
-        if len(asked[name]) < scenes:
-            group = _STAGED_BY.get(name, name)
+        group = _STAGED_BY.get(name, name)
+        if len(asked[name]) < scenes and len(tried[group]) < _PATIENCE * scenes:
             missing[group] = max(missing.get(group, 0), scenes - len(asked[name]))
     return missing
 
