@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from types import AsyncGeneratorType
@@ -36,7 +36,7 @@ from device.config import ModelConfig, TextConfig, TrunkConfig
 from device.engine import HostMemory, allocate
 from device.loop import Loop, NoActuator, TextQueue
 from device.reach.breaker import FAILURES, LONGEST_S, OPEN_S, Breaker
-from device.reach.client import CallPart, Client
+from device.reach.client import CallPart, Client, _Bounded
 from device.reach.context import LAST_S, Tick
 from device.reach.endpoint import KEY_VARIABLE, Endpoint, read_key
 from device.reach.limits import Limits, ReachError
@@ -342,6 +342,31 @@ def test_an_answer_that_is_given_up_leaves_nothing_to_the_collector() -> None:
             assert asyncio.run(given_up(server.url)) == []
     finally:
         gc.enable()
+
+
+def test_a_response_that_is_closed_closes_what_its_bytes_come_from() -> None:
+    """At once: what is left to the finalizer of a generator may be found by the collector in the tick's thread."""
+    ended: list[str] = []
+
+    class Stream:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            try:
+                yield b"one"
+                yield b"two"
+            finally:
+                ended.append("bytes")
+
+        async def aclose(self) -> None:
+            ended.append("stream")
+
+    async def half_read() -> None:
+        bounded = _Bounded(Stream(), 100)
+        chunks = aiter(bounded)
+        assert await anext(chunks) == b"one" and ended == []
+        await bounded.aclose()
+        assert ended == ["bytes", "stream"]
+
+    asyncio.run(half_read())
 
 
 JSON = st.recursive(

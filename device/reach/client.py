@@ -33,15 +33,22 @@ class _Bounded(httpx2.AsyncByteStream):
 
     def __init__(self, stream: Any, limit: int) -> None:
         self._stream, self._left = stream, limit
+        self._chunks: Any = None
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._stream:
-            self._left -= len(chunk)
-            if self._left < 0:
-                raise Garbled("the answer is too long")
-            yield chunk
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._chunks = aiter(self._stream)
+        return self
+
+    async def __anext__(self) -> bytes:
+        chunk: bytes = await anext(self._chunks)
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise Garbled("the answer is too long")
+        return chunk
 
     async def aclose(self) -> None:
+        if self._chunks is not None:  # now and here, not in whatever thread the cycle collector finds it in
+            await self._chunks.aclose()
         await self._stream.aclose()
 
 
