@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", help="float bundle to quantized bundle, calibrated on recorded ticks")
     quantize.add_argument("bundle", type=Path, help="a float bundle made by 'build'")
-    quantize.add_argument("--precision", choices=PRECISIONS, default="int8", help="int8: weights, and what enters (default)")
+    quantize.add_argument("--precision", choices=PRECISIONS, default="int8", help="int8: weights, and most of what they multiply (default)")
     quantize.add_argument(
         "--calibration", type=Path, required=True, metavar="DIR", help="data set made by 'copresence run --record-calibration DIR'"
     )
