@@ -175,7 +175,7 @@ presence: $(VENV)/.setup bundle ## the scoreboard: three kinds of system on the 
 	$(BIN)/copresence-export evaluate $(if $(wildcard $(QUANTIZED)/manifest.json),$(QUANTIZED),$(BUNDLE)) --data $(DATA) --ablations --out build/presence
 
 .PHONY: train
-train: $(VENV)/.setup ## train the checkpoint in this repository anew, and the teacher of its last stage; goes on where it was stopped
+train: $(VENV)/.setup ## train the checkpoint in this repository anew, and the teachers of its last stages; goes on where it was stopped
 	$(JEMALLOC) $(BIN)/copresence-export distill export/recipes/companion-nano.json \
 		--data $(DATA) --work build/train --out $(CHECKPOINT)
 

@@ -65,9 +65,10 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
         ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
-        ({"teacher": {"after": 3, "present_layers": 4, "seed": 1, "stages": []}}, "teacher.after"),
-        ({"teacher": {"after": 0, "present_layers": 0, "seed": 1, "stages": []}}, "teacher.present_layers"),
-        ({"teacher": {"after": 0, "present_layers": 4, "seed": 1}}, "lacks the field 'stages'"),
+        ({"teachers": [{"after": 3, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
+        ({"teachers": 2 * [{"after": 1, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
+        ({"teachers": [{"after": 0, "present_layers": 0, "seed": 1, "stages": []}]}, "teachers.present_layers"),
+        ({"teachers": [{"after": 0, "present_layers": 4, "seed": 1}]}, "lacks the field 'stages'"),
         (None, "not a training recipe"),
     ],
 )

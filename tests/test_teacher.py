@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from ticks import SMALL
 
 from device.config import ModelConfig, TextConfig
 from export.checkpoint import CheckpointError
+from export.distill import finish as finish_module
 from export.distill import train as train_module
 from export.distill.batches import Batches
 from export.distill.behaviours import ACTS, WORDS
@@ -128,45 +131,55 @@ def test_the_checkpoint_of_a_training_that_goes_on_has_the_voice_of_its_start(
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_recipe_with_a_teacher_trains_it_on_the_way_and_its_student_by_it(
+def test_a_recipe_with_teachers_trains_them_on_the_way_and_its_student_by_them(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenes = dataclasses.replace(STAGES[1], keeps=True)
-    deeper = CONFIG.trunk.present_layers + 1
-    recipe = dataclasses.replace(RECIPE, stages=(PERCEPTION, scenes), teacher=TeacherRecipe(1, deeper, 7, (scenes,)), act_margin=1.5)
+    layers = CONFIG.trunk.present_layers
+    teachers = TeacherRecipe(1, layers + 1, 7, (scenes,)), TeacherRecipe(2, layers, 7, ())  # a deeper one, then the student of before
+    recipe = dataclasses.replace(RECIPE, stages=(PERCEPTION, scenes, scenes), teachers=teachers, act_margin=1.5)
     monkeypatch.setattr(train_module, "load_corpus", lambda *arguments: corpus)
     monkeypatch.setattr(train_module, "LOG_EVERY", 1)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(Recipe, "read", lambda path: recipe)
     source, work = train_module.Source(tmp_path), tmp_path / "work"
+    taught_by: list[tuple[int | None, str | None]] = []
+
+    def train(*arguments: Any, until: int | None = None) -> Any:
+        teacher = arguments[3]
+        taught_by.append((until, teacher and str(teacher.relative_to(work))))
+        return train_module.train(*arguments, until=until)
+
+    monkeypatch.setattr(finish_module, "train", train)
     distill_checkpoint(tmp_path / "recipe.json", source, work, tmp_path / "taught")
+    assert taught_by == [(1, None), (None, None), (2, "teacher-1/checkpoint"), (None, "teacher-2/begun")]
     train_checkpoint(tmp_path / "recipe.json", source, tmp_path / "other", tmp_path / "alone")
-    folders = {"untaught": work / "untaught", "teacher": work / "teacher" / "checkpoint"}
+    folders = {"untaught": work / "teacher-1/begun", "teacher": work / "teacher-1/checkpoint", "itself": work / "teacher-2/begun"}
     folders |= {name: tmp_path / name for name in ("taught", "alone")}
     weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
 
-    def same(one: str, other: str, name: str) -> bool:
+    def same(one: str, other: str, name: str = "present.0.qkv.weight") -> bool:
         return torch.equal(weights[one][name], weights[other][name])
 
-    # The teacher is grown from the weights before it, and the student goes on from there too, neither with the margin in its past.
-    assert f"present.{deeper - 1}.qkv.weight" in weights["teacher"] and f"present.{deeper - 1}.qkv.weight" not in weights["taught"]
+    # The first is grown from the weights before it, and the student goes on from there too, neither with the margin in its past.
+    assert f"present.{layers}.qkv.weight" in weights["teacher"] and f"present.{layers}.qkv.weight" not in weights["taught"]
     perceiving = [name for name in weights["taught"] if name.startswith(("audio.", "video.", "text."))]
-    assert perceiving and all(same("untaught", other, name) for other in ("teacher", "taught", "alone") for name in perceiving)
+    assert perceiving and all(same("untaught", other, name) for other in weights for name in perceiving)
     assert all((weights[name]["act.bias"][0] > 1) == (name in ("taught", "alone")) for name in weights)
-    # What differs between the last two is the teacher's part.
-    assert not same("taught", "alone", "present.0.qkv.weight") and not same("taught", "untaught", "present.0.qkv.weight")
+    # What differs then is the teachers' part.
+    assert not any(same(one, other) for one, other in itertools.combinations(set(weights) - {"teacher"}, 2))
 
-    rows = [(folder / "progress.csv").read_text() for folder in (work, work / "teacher")]
-    assert [text.count("\n") for text in rows] == [5, 3]
+    rows = [(folder / "progress.csv").read_text() for folder in (work, work / "teacher-1")]
+    assert [text.count("\n") for text in rows] == [7, 3]
     distill_checkpoint(tmp_path / "recipe.json", source, work, tmp_path / "again")  # what is done is not done again
-    assert rows == [(folder / "progress.csv").read_text() for folder in (work, work / "teacher")]
+    assert rows == [(folder / "progress.csv").read_text() for folder in (work, work / "teacher-1")]
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in weights["taught"].items())
 
 
 def test_distilling_without_any_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recipe, "read", lambda path: RECIPE)
-    with pytest.raises(RecipeError, match=r"recipe\.json: there is no field teacher; .*--teacher"):
+    with pytest.raises(RecipeError, match=r"recipe\.json: there is no field teachers; .*--teacher"):
         distill_checkpoint(tmp_path / "recipe.json", train_module.Source(tmp_path), tmp_path / "work", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

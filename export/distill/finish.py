@@ -33,19 +33,24 @@ def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path) -
 
 
 def distill_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, teacher: Path | None = None) -> None:
-    """The same with a teacher: a checkpoint folder, which teaches all stages, or the recipe's own, which is trained on the way.
+    """The same with a teacher: a checkpoint folder, which teaches all stages, or the recipe's own, which are trained on the way.
 
-    That one is left in `work/teacher/checkpoint`. Raises RecipeError where there is neither.
+    One that begins after stage n is left in `work/teacher-n/checkpoint`, the weights that it grew from in `work/teacher-n/begun`.
+    Raises RecipeError where there is none.
     """
     recipe = Recipe.read(recipe_path)
     if teacher is None:
-        if recipe.teacher is None:
-            raise RecipeError(f"{recipe_path}: there is no field teacher; add it, or name a checkpoint that teaches (--teacher)")
-        teacher = work / "teacher" / "checkpoint"
-        if not (teacher / HEADS_NAME).is_file():  # the last thing that is written; until then `work` has nothing that was taught
-            begun = work / "untaught"
-            _train(replace(recipe, say_margin=0.0, act_margin=0.0), source, work, begun, until=recipe.teacher.after)
-            _train(recipe.of_teacher(recipe.teacher), source._replace(start=begun), work / "teacher", teacher)
+        if not recipe.teachers:
+            raise RecipeError(f"{recipe_path}: there is no field teachers; add it, or name a checkpoint that teaches (--teacher)")
+        for own in recipe.teachers:
+            folder = work / f"teacher-{own.after}"
+            begun = folder / "begun"
+            last: Path | None = teacher
+            teacher = folder / "checkpoint" if own.stages else begun
+            if not (teacher / HEADS_NAME).is_file():  # the last thing that is written; until then it has taught nothing
+                _train(replace(recipe, say_margin=0.0, act_margin=0.0), source, work, begun, last, until=own.after)
+                if own.stages:
+                    _train(recipe.of_teacher(own), source._replace(start=begun), folder, teacher)
     _train(recipe, source, work, out, teacher)
 
 

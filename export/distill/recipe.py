@@ -39,7 +39,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """A larger model, grown from the weights after stage `after` (0: those that are begun with); it teaches the stages behind that."""
+    """A model grown from the weights after stage `after` (0: those that are begun with); it teaches the stages behind that, up to the next.
+
+    Without layers and stages of its own it is those weights themselves, which hold their student to what they knew
+    (born-again networks, arXiv 1805.04770).
+    """
 
     after: int
     present_layers: int
@@ -61,13 +65,13 @@ class Recipe:
     replays: float  # share of the scenes that are played again with the model's own choices in their past
     say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
     act_margin: float = 0.0
-    teacher: TeacherRecipe | None = None  # of `distill`
+    teachers: tuple[TeacherRecipe, ...] = ()  # of `distill`, one after the other
 
     def of_teacher(self, teacher: TeacherRecipe) -> Recipe:
         """What the teacher is trained by: its own depth, seed and stages, no margins; the rest is its student's."""
         deeper = replace(self.model, trunk=replace(self.model.trunk, present_layers=teacher.present_layers))
-        own = replace(self, name=f"{self.name}-teacher", model=deeper, seed=teacher.seed, stages=teacher.stages)
-        return replace(own, say_margin=0.0, act_margin=0.0, teacher=None)
+        own = replace(self, name=f"{self.name}-teacher-{teacher.after}", model=deeper, seed=teacher.seed, stages=teacher.stages)
+        return replace(own, say_margin=0.0, act_margin=0.0, teachers=())
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -75,15 +79,14 @@ class Recipe:
         try:
             raw = json.loads(path.read_text())
             model = ModelConfig.from_dict(raw.pop("model") | {"text": {"words": WORDS, "acts": ACTS}})
-            stages, teacher = _stages(raw.pop("stages")), None
-            if "teacher" in raw:
-                own = raw.pop("teacher")
-                teacher = TeacherRecipe(stages=_stages(own.pop("stages")), **own)
-                if teacher.after not in range(len(stages)):
-                    raise RecipeError("the field teacher.after must be the number of a stage before the last, or 0")
-                if teacher.present_layers < model.trunk.present_layers:
-                    raise RecipeError(f"the field teacher.present_layers must be at least the model's {model.trunk.present_layers}")
-            return cls(model=model, stages=stages, teacher=teacher, **raw)
+            stages = _stages(raw.pop("stages"))
+            teachers = tuple(TeacherRecipe(stages=_stages(own.pop("stages")), **own) for own in raw.pop("teachers", []))
+            begins = [teacher.after for teacher in teachers]
+            if begins != sorted(set(begins)) or not set(begins) <= set(range(len(stages))):
+                raise RecipeError("the field teachers.after must be a rising number of a stage before the last, or 0")
+            if any(teacher.present_layers < model.trunk.present_layers for teacher in teachers):
+                raise RecipeError(f"the field teachers.present_layers must be at least the model's {model.trunk.present_layers}")
+            return cls(model=model, stages=stages, teachers=teachers, **raw)
         except (ConfigError, RecipeError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             reason = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
             raise RecipeError(f"{path}: not a training recipe: {reason}; see export/recipes/companion-nano.json") from error
