@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,21 @@ def test_lessons_ask_for_what_was_long_ago(corpus: Corpus) -> None:
                 found += [asked_s - max(shown)] if shown else []
     assert 45 < max(ages[lesson]) < 64  # s; 320 ticks
     assert sum(age > 30 for age in ages[lesson]) > 5 > sum(age > 30 for age in ages[mixture])
+
+
+def test_lessons_contradict_what_was_said_of_a_hand(corpus: Corpus) -> None:
+    """In the mixture a word soon after a hand has appeared, while it is up, is above all *go*: a timer's."""
+    said: dict[Stage, Counter[str]] = {mixture: Counter(), lesson: Counter()}
+    for stage, counts in said.items():
+        for seed in range(40):
+            script = Script(corpus, np.random.default_rng(seed), CONFIG, ticks=336)
+            stage(script)
+            for showing in script.showings:
+                if showing.digit is not None:
+                    soon = [word for word in script.words if 0.9 < word.onset_s - showing.full_s < 2.2 and word.onset_s < showing.gone_s]
+                    counts.update(word.name for word in soon)
+    assert said[mixture]["go"] > 5 * said[mixture]["no"]
+    assert 2 * said[lesson]["no"] > said[lesson]["go"]
 
 
 def test_a_replay_with_its_own_choices_is_the_same_scene(scenes: list[Scene]) -> None:

@@ -552,6 +552,22 @@ class Answer:
     def stage(self, script: Script, at_s: float) -> float:
         return script.say(str(script.rng.choice(("yes", "no"))), at_s)
 
+    @staticmethod
+    def contradict(script: Script, until_s: float) -> float:
+        """Hand signs up to `until_s`, and after most answers to them, while most are still up, a word: every other time *no*."""
+        rng, at_s = script.rng, float(script.rng.uniform(0.3, 1.0))
+        while at_s < until_s:
+            over_s = script.show(int(rng.integers(len(DIGITS))), at_s, rng.uniform(1.0, 3.5))
+            word_s, kind = at_s + rng.uniform(0.9, 3.0), rng.random()
+            if kind < 0.5:
+                end_s = script.say("no", word_s)
+            elif kind < 0.85:
+                end_s = (Answer if rng.random() < 0.3 else Act)().stage(script, word_s)
+            else:
+                end_s = script.say_other(word_s)
+            at_s = max(over_s, end_s) + rng.uniform(0.4, 1.5)
+        return at_s
+
     def react(self, moment: Moment, conduct: Conduct) -> None:
         tick = moment.tick
         for word in moment.heard:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.signal import fftconvolve
 
 from device.config import ModelConfig
-from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Behaviour, Conduct, Excuse, Free, Recall, Trial
+from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Answer, Behaviour, Conduct, Excuse, Free, Recall, Trial
 from export.distill.clips import RATE_HZ
 from export.distill.corpus import Corpus
 from export.distill.pictures import IGNORE, Camera, Thing, camera_pictures, no_pictures
@@ -32,7 +32,8 @@ from export.distill.sounds import (
 class Chance:
     """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
-    lost_ticks, stray_text, told, session_start, jump, remembering = 0.04, 0.10, 0.7, 0.3, 0.5, 0.25
+    lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.7, 0.3, 0.5
+    remembering, contradicted = 0.25, 0.25  # a share of all scenes, a share of the rest
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
 
@@ -95,11 +96,16 @@ def mixture(script: Script, since_s: float = 0.0) -> None:
 
 
 def lesson(script: Script) -> None:
-    """The mixture; sometimes a good part of the scene, or of what the memory holds, lies between a hand and `last`."""
+    """The mixture; sometimes a good part of the scene, or of what the memory holds, lies between a hand and `last`.
+
+    Sometimes it begins with people who contradict what is said of their hands.
+    """
     since_s = 0.0
     if script.rng.random() < Chance.remembering:
         memory_s = script.config.trunk.present_window * script.tick_s
         since_s = Recall.remember(script, min(script.length_s, memory_s) * script.rng.uniform(0.4, 0.95))
+    elif script.rng.random() < Chance.contradicted:
+        since_s = Answer.contradict(script, script.length_s * script.rng.uniform(0.3, 0.7))
     mixture(script, since_s)
 
 
