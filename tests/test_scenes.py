@@ -119,7 +119,7 @@ def test_mistakes_in_the_past_are_masked(scenes: list[Scene]) -> None:
 
 def test_who_speaks_keeps_above_noise_and_echo(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
     words = 0
-    for seed in range(10):
+    for seed in range(15):
         scene = make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS, flawless=True)
         echo = fftconvolve(scene.voice, scene.world.echo)[: len(scene.voice)]
         for word in scene.world.script.words:
