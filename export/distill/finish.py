@@ -35,8 +35,8 @@ def train_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path) -
 def distill_checkpoint(recipe_path: Path, source: Source, work: Path, out: Path, teacher: Path | None = None) -> None:
     """The same with a teacher: a checkpoint folder, which teaches all stages, or the recipe's own, which are trained on the way.
 
-    One that begins after stage n is left in `work/teacher-n/checkpoint`, the weights that it grew from in `work/teacher-n/begun`.
-    Raises RecipeError where there is none.
+    One that teaches from behind stage n is left in `work/teacher-n/checkpoint`, the weights that it grew from in `work/teacher-n/begun`;
+    one without stages of its own is the latter. Raises RecipeError where there is no teacher.
     """
     recipe = Recipe.read(recipe_path)
     if teacher is None:

@@ -41,8 +41,8 @@ class Stage:
 class TeacherRecipe:
     """A model grown from the weights after stage `after` (0: those that are begun with); it teaches the stages behind that, up to the next.
 
-    Without layers and stages of its own it is those weights themselves, which hold their student to what they knew
-    (born-again networks, arXiv 1805.04770).
+    Without stages of its own it is those weights themselves, which hold their student to what they knew (born-again networks,
+    arXiv 1805.04770); then its depth and seed do not matter.
     """
 
     after: int
