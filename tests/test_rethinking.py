@@ -65,7 +65,7 @@ def test_one_look_is_what_training_reads_and_many_are_the_mean_of_their_views() 
     picture = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
     batch = {
         "mic": torch.zeros(1, CONFIG.tick_samples + CONFIG.context_samples),
-        "end_tick": torch.zeros(1, dtype=torch.long),
+        "voice": torch.zeros(1, CONFIG.tick_samples + CONFIG.context_samples),
         "frames": torch.from_numpy(np.stack([picture, picture])[None]),
     }
     with torch.no_grad():

@@ -16,8 +16,8 @@ from export.distill import scenes as scenes_module
 from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
 from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
 from export.distill.corpus import Corpus, CorpusMissing, load_corpus
-from export.distill.pictures import IGNORE, Thing
-from export.distill.scenes import Scene, Stage, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
+from export.distill.pictures import Thing
+from export.distill.scenes import WINDOW_TICKS, Scene, Stage, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
 from export.distill.script import REACTION_S, Script
 from export.distill.sounds import ABOVE_NOISE, Chance, power
 from export.hands import draw_hand
@@ -239,19 +239,34 @@ def test_stale_pictures_are_black(scenes: list[Scene]) -> None:
             assert scene.frames[scene.frame_age[:, 0] <= 1.0].any(axis=(1, 2, 3, 4)).all()
 
 
-def test_word_windows_end_with_the_word(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    mic, label, end_tick = word_windows(corpus, np.random.default_rng(0), 200, CONFIG)
-    assert mic.shape == (200, 7 * CONFIG.tick_samples + CONFIG.context_samples) and (end_tick == 6).all()
-    assert set(np.unique(label)) <= set(range(IGNORE, 12)) and 0.1 < np.mean(label == 0) < 0.35
+def test_word_windows_hold_people_and_the_companion_itself(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    mic, voice, label = word_windows(corpus, voice_words, np.random.default_rng(0), 200, CONFIG)
+    assert mic.shape == voice.shape == (200, WINDOW_TICKS * CONFIG.tick_samples + CONFIG.context_samples)
+    assert label.shape == (200, WINDOW_TICKS) and set(np.unique(label)) == set(range(12))
+    assert 0.5 < np.mean(label[label > 0] < 11) < 0.7, "commands and other words"
+    assert 1.2 < np.mean((label > 0).sum(1)) < 3, "words come soon after each other"
+    speaks = voice.any(1)
+    assert 0.3 < speaks.mean() < 0.5 and np.abs(voice).max() < 1
+    assert (label[speaks] > 0).mean() > 0.1, "people talk while it speaks"
+
+
+def test_a_word_window_labels_the_tick_in_which_its_word_is_over(
+    corpus: Corpus, voice_words: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Chance, "reverb", 0.0)
-    mic, label, _ = word_windows(corpus, np.random.default_rng(0), 60, CONFIG)
-    tick = CONFIG.tick_samples
-    for window in mic[(label > 0) & (label < 11)]:
-        loud = np.sqrt(np.mean(window.reshape(-1, 160) ** 2, axis=1))
-        if loud.max() < 5 * np.median(loud):  # a word in loud noise: its end cannot be measured this simply
+    monkeypatch.setattr(Chance, "gated", 1.0)
+    monkeypatch.setattr(scenes_module.Chance, "speaking", 0.0)
+    windows = word_windows(corpus, voice_words, np.random.default_rng(0), 60, CONFIG)
+    seen = 0
+    for mic, _, label in zip(*windows, strict=True):
+        if (label > 0).sum() != 1:
             continue
-        end = 160 * (int(np.flatnonzero(loud > 0.5 * loud.max())[-1]) + 1)
-        assert len(window) - tick - 0.12 * RATE_HZ <= end <= len(window) - 0.08 * RATE_HZ
+        loud = np.sqrt(np.mean(mic[: len(mic) // 160 * 160].reshape(-1, 160) ** 2, axis=1))
+        over_s = (160 * (int(np.flatnonzero(loud > 0.3 * loud.max())[-1]) + 1) - CONFIG.context_samples) / RATE_HZ
+        edge_s = (int(np.flatnonzero(label)[0]) + 1) * TICK_S
+        assert edge_s - TICK_S - REACTION_S - 0.15 < over_s <= edge_s - REACTION_S + 0.02
+        seen += 1
+    assert seen > 8
 
 
 def test_hand_frames(corpus: Corpus) -> None:

@@ -50,9 +50,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.learns)
 def test_a_student_can_learn_what_only_the_teacher_says(stage: Stage, checkpoint: Path, corpus: Corpus) -> None:
     teacher = Teacher.read(checkpoint, CONFIG)
-    batch = next(iter(Batches(corpus, RECIPE, stage, [0], teacher=teacher)))
+    batch = teacher.teaches(next(iter(Batches(corpus, RECIPE, stage, [0]))))
     soft = {name: batch[name] for name in batch if name.startswith("soft_")}
     assert set(soft) == ({"soft_word", "soft_hand"} if stage is PERCEPTION else {"soft_say", "soft_act"})
+    if stage is not PERCEPTION:
+        assert {"soft_word", "soft_hand"} <= batch["practice"].keys()
+        own = teacher.teaches(batch | {"soft_say": soft["soft_say"] * 0})  # as shards may bring them
+        assert not own["soft_say"].any() and own["soft_act"] is soft["soft_act"]
     for name, value in soft.items():
         assert torch.allclose(value.sum(-1), torch.ones(()), atol=1e-4)
         batch[name] = torch.zeros_like(value)

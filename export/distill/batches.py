@@ -19,7 +19,6 @@ from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, Stage
 from export.distill.scenes import Scene, hand_frames, make_scene, replay, word_windows
 from export.distill.shards import endless_scenes
-from export.distill.teacher import Teacher
 from export.spoken_words import render_words
 
 Batch = dict[str, Any]  # tensors by name; "practice" is a batch of the perception stage
@@ -30,8 +29,8 @@ class Batches(IterableDataset[Batch]):
 
     With `actor`, a model in shared memory that the trainer keeps up to date, a part of the scenes is played again as that model
     would have gone on in them: scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) in two passes (Mihaylova & Martins
-    2019, arXiv 1906.07651). With `teacher` everything carries its soft targets. With `shards`, a glob pattern, scenes are read
-    instead of made; `part` is the number of this process and how many there are.
+    2019, arXiv 1906.07651). With `shards`, a glob pattern, scenes are read instead of made; `part` is the number of this process
+    and how many there are.
     """
 
     def __init__(
@@ -41,11 +40,10 @@ class Batches(IterableDataset[Batch]):
         stage: Stage,
         seed: list[int],
         actor: TickModel | None = None,
-        teacher: Teacher | None = None,
         shards: str | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.corpus, self.recipe, self.stage, self.seed, self.actor, self.teacher = corpus, recipe, stage, seed, actor, teacher
+        self.corpus, self.recipe, self.stage, self.seed, self.actor = corpus, recipe, stage, seed, actor
         self.shards, self.part = shards, part
         self.words = render_words(recipe.model.text.words[1:])
 
@@ -68,31 +66,26 @@ class Batches(IterableDataset[Batch]):
             scenes = endless_scenes(self.shards, self.recipe.model, rng, first * workers + number, processes * workers)
             while True:
                 read = [next(scenes) for _ in range(self.stage.batch)]
-                yield self._with_practice(self._taught(scene_batch(read, self.recipe.model)), rng)
+                yield self._with_practice(scene_batch(read, self.recipe.model), rng)
 
     def _perception(self, rng: np.random.Generator, n: int) -> Batch:
         c = self.recipe.model
         assert self.corpus is not None
-        mic, word, end_tick = word_windows(self.corpus, rng, n, c)
+        mic, voice, word = word_windows(self.corpus, self.words, rng, n, c)
         frames, hand = hand_frames(self.corpus, rng, n, c)
-        batch = tensors(
+        return tensors(
             {
                 "mic": mic,
+                "voice": voice,
                 "word": word.astype(np.int64),
-                "end_tick": end_tick.astype(np.int64),
                 "frames": frames,
                 "hand": hand.astype(np.int64),
             }
         )
-        return batch if self.teacher is None else batch | self.teacher.perceives(batch)
 
     def _with_practice(self, batch: Batch, rng: np.random.Generator) -> Batch:
         practice = 0 if self.stage.keeps else self.recipe.practice
         return batch | {"practice": self._perception(rng, practice)} if practice else batch
-
-    def _taught(self, batch: Batch) -> Batch:
-        """With the teacher's soft targets, where the scenes do not bring their own."""
-        return batch if self.teacher is None or "soft_say" in batch else batch | self.teacher.decides(batch)
 
     def _scenes(self, rng: np.random.Generator) -> Batch:
         c = self.recipe.model
@@ -100,7 +93,7 @@ class Batches(IterableDataset[Batch]):
         made = [make_scene(self.corpus, self.words, rng, c, self.stage.ticks or self.recipe.ticks) for _ in range(self.stage.batch)]
         if self.actor is not None:
             made = [self._replayed(scene, rng) if rng.random() < self.recipe.replays else scene for scene in made]
-        return self._taught(scene_batch([scene.arrays for scene in made], c))
+        return scene_batch([scene.arrays for scene in made], c)
 
     def _replayed(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """The scene with the actor's own choices in its past, once it has learned to make the better part of them."""

@@ -18,6 +18,7 @@ from export.voice_tables import SILENCE
 
 EVENT_WEIGHT = 2.0  # of a tick in which something is said or done; 3 fires falsely (measured on the prototype)
 SILENT_WEIGHT = 0.1  # of a silent token in the flow loss
+SMOOTHING = 0.05  # of the labels of words and hands alone
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
 
@@ -52,26 +53,24 @@ def perceive_kind(model: TickModel, tokens: Tensor, rope: Tensor) -> Tensor:
 
 
 def perceived(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the last word and of the hand in a batch of the first stage, [n, labels] each."""
+    """Logits of the word that each tick hears the end of, [n, T, labels], and of the hand, [n, labels], in a batch of words and hands."""
     c, mic = model.config, batch["mic"]
     n, ticks = mic.shape[0], (mic.shape[1] - c.context_samples) // c.tick_samples
     rope = torch.from_numpy(rope_table(c, np.arange(ticks))).to(mic.device)
-    audio = model.audio(mic, torch.zeros_like(mic), ticks)
+    audio = model.audio(mic, batch["voice"], ticks)
     audio = perceive_kind(model, audio, rope[:, : c.audio_tokens].expand(n, -1, -1, -1, -1))
     video = model.video(batch["frames"][:, None], torch.zeros(n, 1, 1, device=mic.device))
     video = perceive_kind(model, video, rope[:1, c.audio_tokens : c.audio_tokens + c.video_tokens].expand(n, -1, -1, -1, -1))
-    return heads.words(audio[torch.arange(n, device=mic.device), batch["end_tick"]]), heads.hands(video[:, 0])
+    return heads.words(audio), heads.hands(video[:, 0])
 
 
 def perception_loss(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Losses and accuracies of the first stage."""
     words, hands = (logits.float() for logits in perceived(model, heads, batch))
-    losses = [
-        F.cross_entropy(logits, label, ignore_index=IGNORE, label_smoothing=0.05)
-        for logits, label in ((words, batch["word"]), (hands, batch["hand"]))
-    ]
+    losses = [_word_loss(words, batch["word"], SMOOTHING), F.cross_entropy(hands, batch["hand"], label_smoothing=SMOOTHING)]
     if "soft_word" in batch:
-        soft = [F.cross_entropy(words, batch["soft_word"]), F.cross_entropy(hands, batch["soft_hand"])]
+        every = torch.ones_like(words[..., 0])
+        soft = [_towards(words, batch["soft_word"], every), F.cross_entropy(hands, batch["soft_hand"])]
         losses = [torch.lerp(own, teacher, SOFT) for own, teacher in zip(losses, soft, strict=True)]
     return {"loss": losses[0] + losses[1], "word": _accuracy(words, batch["word"]), "hand": _accuracy(hands, batch["hand"])}
 
@@ -135,9 +134,7 @@ def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: 
     a = c.audio_tokens
     words, hands = heads.words(probe[0][:, :, :a]).float(), heads.hands(probe[0][:, :, a : a + c.video_tokens]).float()
     word_label, hand_label = (torch.where(batch["valid"] > 0, batch[k].long(), IGNORE) for k in ("word_label", "hand_label"))
-    weights = torch.ones(WORD_LABELS, device=words.device)
-    weights[0] = 0.2  # most ticks end no word
-    word_loss = _labelled(words, word_label, weights)
+    word_loss = _word_loss(words, word_label)
     hand_loss = _labelled(hands, hand_label, torch.ones_like(hands[0, 0]))
     practice = {"loss": word_loss.new_zeros(()), "word": _accuracy(words, word_label), "hand": _accuracy(hands, hand_label)}
     if "practice" in batch:
@@ -161,9 +158,16 @@ def _events(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none") * weight.flatten()).sum() / weight.sum()
 
 
-def _labelled(logits: Tensor, label: Tensor, weights: Tensor) -> Tensor:
+def _word_loss(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
+    weights = torch.ones_like(logits[0, 0])
+    weights[0] = 0.2  # most ticks end no word
+    return _labelled(logits, label, weights, smoothing)
+
+
+def _labelled(logits: Tensor, label: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy where there is a label, classes weighing as in `weights`; 0 where there is none at all."""
-    loss = F.cross_entropy(logits.flatten(0, 1), label.flatten(), weight=weights, ignore_index=IGNORE, reduction="sum")
+    flat = logits.flatten(0, 1), label.flatten()
+    loss = F.cross_entropy(*flat, weight=weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
     return loss / (weights[label.clamp_min(0)] * (label != IGNORE)).sum().clamp_min(1.0)
 
 

@@ -42,6 +42,8 @@ class DMel(nn.Module):
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
         self.register_buffer("thresholds", torch.from_numpy(level_thresholds(a)), persistent=False)
 
+    # In what PyTorch 2.13 compiles of it with the tables, their gradients are no numbers (bf16, AMX); apart it costs no time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, samples: Tensor) -> Tensor:
         """f32[..., n·hop + window − hop] to levels i64[..., n, channels]."""
         with torch.autocast(samples.device.type, enabled=False):
@@ -214,8 +216,9 @@ def blocks(modules: nn.ModuleList) -> list[Block]:
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope[..., 0, :].unsqueeze(-2).to(x.dtype), rope[..., 1, :].unsqueeze(-2).to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    # Not chunk and cat: in what PyTorch 2.13 compiles of those, the keys' gradients are no numbers (bf16, AMX).
+    a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-2).flatten(-2)
 
 
 def attend_windowed(q: Tensor, k: Tensor, v: Tensor, tick: Tensor, valid: Tensor, window: int) -> Tensor:

@@ -11,22 +11,11 @@ from scipy.signal import fftconvolve
 
 from device.config import ModelConfig
 from export.distill.behaviours import ACTS, BEHAVIOURS, DIGITS, WORDS, Answer, Behaviour, Conduct, Excuse, Free, Recall, Trial
-from export.distill.clips import RATE_HZ
+from export.distill.clips import COMMANDS, RATE_HZ
 from export.distill.corpus import Corpus
 from export.distill.pictures import IGNORE, Camera, Thing, camera_pictures, no_pictures
-from export.distill.script import REACTION_S, Moment, Script
-from export.distill.sounds import (
-    Placed,
-    augment_word,
-    background_noise,
-    echo_response,
-    mix,
-    pick_word,
-    power,
-    random_room,
-    room_noise,
-    room_sound,
-)
+from export.distill.script import Moment, Script
+from export.distill.sounds import Placed, echo_response, room_noise, room_sound
 
 
 class Chance:
@@ -36,9 +25,13 @@ class Chance:
     remembering, contradicted = 0.25, 0.25  # a share of all scenes, a share of the rest
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
+    # words alone: the others are no commands; a share of the windows
+    command, speaking = 0.6, 0.4
 
 
 SHORTEST_GAP = 10  # ticks left out of a scene in which time passes; behind the longest gap as many of the memory are left
+
+WINDOW_TICKS = 12  # of sound for learning words alone
 
 Stage = Callable[[Script], object]  # fills a script; what it returns is not looked at
 
@@ -161,10 +154,7 @@ def make_scene(
         word_ticks={word: max(round(len(voice_words[word]) / c.tick_samples), 1) for word in voice_words},
         voice_words=voice_words,
     )
-    word_label = np.zeros(ticks, np.int32)
-    for moment in moments:
-        if moment.heard:
-            word_label[moment.tick] = moment.heard[-1].label
+    word_label = _word_labels(moments)
     for label in (word_label, hand_label):
         label[world.lost] = IGNORE
     past = _Past(world, c, None if flawless else rng)
@@ -196,32 +186,39 @@ def replay(scene: Scene, c: ModelConfig, say: np.ndarray, act: np.ndarray, rng: 
     return Scene(**vars(scene) | past.arrays() | {"room": room, "mic": np.clip(room + echo, -1, 1), "voice": voice})
 
 
-def word_windows(corpus: Corpus, rng: np.random.Generator, n: int, c: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`n` short pieces of sound for learning words alone: mic f32[n, C + 7*S], label i32[n] as in `Scene.word_label`, end_tick i32[n].
+def word_windows(
+    corpus: Corpus, voice_words: Mapping[str, np.ndarray], rng: np.random.Generator, n: int, c: ModelConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`n` short pieces of sound for learning words alone: mic and voice f32[n, C + T*S], label i32[n, T] as `Scene.word_label`.
 
-    A labelled word ends within the last tick's span, REACTION_S earlier; the others are noise, or words cut off or over long before.
+    As in a scene people say words soon after each other, and while the companion speaks itself.
     """
-    tick_s, ticks = c.tick_ms / 1000, 7
-    length_s = ticks * tick_s + c.context_samples / RATE_HZ
-    mic = np.zeros((n, ticks * c.tick_samples + c.context_samples), np.float32)
-    label = np.zeros(n, np.int32)
+    samples = c.context_samples + WINDOW_TICKS * c.tick_samples
+    mic, voice = np.empty((2, n, samples), np.float32)
+    label = np.zeros((n, WINDOW_TICKS), np.int32)
     for i in range(n):
-        mic[i] = background_noise(corpus, rng, mic.shape[1])
-        kind = rng.random()
-        if kind < 0.08:
-            continue
-        word = pick_word(corpus, rng, only_negatives=rng.random() < 0.2)
-        spoken = augment_word(word, rng, random_room(rng), rng.uniform(-36, -16))
-        end_s = length_s - REACTION_S - rng.uniform(0, tick_s)
-        if kind < 0.22:  # not over yet, or over a while ago
-            end_s += rng.uniform(tick_s, 0.5) if rng.random() < 0.5 else -rng.uniform(tick_s, 0.7)
-        else:
-            label[i] = IGNORE
-        start = round(end_s * RATE_HZ) - spoken.end
-        noise_power = mix(mic[i], spoken, start)
-        if label[i] == IGNORE and power(spoken.samples[spoken.onset : spoken.end]) > noise_power:
-            label[i] = spoken.label
-    return np.clip(mic, -1, 1), label, np.full(n, ticks - 1, np.int32)
+        script = Script(corpus, rng, c, WINDOW_TICKS)
+        at_s = rng.uniform(0.05, 0.7)
+        while at_s < script.length_s:
+            over_s = script.say(str(rng.choice(COMMANDS)), at_s) if rng.random() < Chance.command else script.say_other(at_s)
+            at_s = over_s + rng.uniform(0.05, 0.5) if rng.random() < 0.5 else over_s + rng.uniform(0.5, 1.5)
+        voice[i] = _speech(voice_words, rng, samples) if rng.random() < Chance.speaking else 0.0
+        room, echoed = _heard(script, voice[i], echo_response(rng), room_noise(corpus, rng, samples))
+        mic[i] = np.clip(room + echoed, -1, 1)
+        label[i] = _word_labels(script.moments([None] * WINDOW_TICKS))
+    return mic, voice, label
+
+
+def _speech(voice_words: Mapping[str, np.ndarray], rng: np.random.Generator, samples: int) -> np.ndarray:
+    """The companion speaking on, f32[samples]: any words, with pauses of up to a second."""
+    names = sorted(voice_words)
+    speech = np.zeros(samples, np.float32)
+    at = int(rng.integers(RATE_HZ))
+    while at < samples:
+        word = voice_words[names[rng.integers(len(names))]]
+        speech[at : at + len(word)] = word[: samples - at] * 10 ** (rng.uniform(-2, 2) / 20)
+        at += len(word) + int(rng.integers(RATE_HZ))
+    return speech
 
 
 def hand_frames(corpus: Corpus, rng: np.random.Generator, n: int, c: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -403,6 +400,18 @@ def _sound(world: World, past: _Past, c: ModelConfig, rng: np.random.Generator) 
         start = c.tick_samples * (int(lost) + 1) + world.playout_offset
         played[start : start + c.tick_samples] = 0
     voice = np.concatenate((np.zeros(c.context_samples, np.float32), played))
-    echoed = fftconvolve(voice, world.echo)[: len(voice)].astype(np.float32) if voice.any() else np.zeros_like(voice)
-    placed = [Placed(word.sound, c.context_samples + round(word.onset_s * RATE_HZ)) for word in world.script.words]
-    return room_sound(placed, echoed, world.noise), voice, echoed
+    room, echoed = _heard(world.script, voice, world.echo, world.noise)
+    return room, voice, echoed
+
+
+def _heard(script: Script, voice: np.ndarray, echo: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(room, echo of the voice) f32[C + T*S], of the script's people, a voice and a noise of that length."""
+    c = script.config
+    echoed = fftconvolve(voice, echo)[: len(voice)].astype(np.float32) if voice.any() else np.zeros_like(voice)
+    placed = [Placed(word.sound, c.context_samples + round(word.onset_s * RATE_HZ)) for word in script.words]
+    return room_sound(placed, echoed, noise), echoed
+
+
+def _word_labels(moments: Sequence[Moment]) -> np.ndarray:
+    """`Scene.word_label` before any tick is lost, i32[T]."""
+    return np.array([moment.heard[-1].label if moment.heard else 0 for moment in moments], np.int32)

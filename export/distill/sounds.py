@@ -21,8 +21,7 @@ class Chance:
 
     # what is heard
     babble, no_echo, gated = 0.18, 0.2, 0.05
-    # one spoken word: with what is left over it is one of "others"
-    command, mangled = 0.75, 0.05
+    # one spoken word
     reshaped_word, reshaped_other = 0.45, 0.35
     synthetic_word, synthetic_other = 0.15, 0.35
     # how it sounds
@@ -66,18 +65,6 @@ def room_noise(corpus: Corpus, rng: np.random.Generator, samples: int) -> np.nda
     if rng.random() < Chance.babble:
         _add_babble(noise, corpus, rng)
     return noise
-
-
-def pick_word(corpus: Corpus, rng: np.random.Generator, only_negatives: bool) -> Clip:
-    """A clip by the table of probabilities; a mangled one is named "" and sounds like no word."""
-    kind = rng.random()
-    if only_negatives:
-        kind = Chance.command + kind * (1 - Chance.command)
-    if kind < Chance.command:
-        return word_clip(corpus, rng, str(rng.choice(COMMANDS)))
-    if kind < Chance.command + Chance.mangled:
-        return mangled_clip(corpus, rng)
-    return other_clip(corpus, rng)
 
 
 def word_clip(corpus: Corpus, rng: np.random.Generator, word: str) -> Clip:

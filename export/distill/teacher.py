@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,12 +18,24 @@ from export.distill.model import TickModel, blocks, mixed_precision
 
 HEADS_NAME = "heads.safetensors"
 
+Asked = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch to its soft targets
+
 
 class Teacher:
-    """A trained checkpoint with its auxiliary heads; computes on the CPU of the process that makes the batches."""
+    """A trained checkpoint with its auxiliary heads; computes where it lies, as its student does."""
 
     def __init__(self, model: TickModel, heads: Auxiliary) -> None:
         self.model, self.heads = model.eval(), heads.eval()
+        self._perceives: Asked = self.perceives
+        self._decides: Asked = self.decides
+
+    def to(self, device: torch.device, compiled: bool) -> Teacher:
+        """The same one on another device, compiled if it is to be asked often."""
+        self.model.to(device)
+        self.heads.to(device)
+        if compiled:
+            self._perceives, self._decides = (torch.compile(f, dynamic=False) for f in (self.perceives, self.decides))
+        return self
 
     @classmethod
     def read(cls, checkpoint: Path, student: ModelConfig) -> Teacher:
@@ -38,19 +52,27 @@ class Teacher:
         return teacher
 
     @torch.no_grad()
+    def teaches(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of `Batches` with soft targets of everything in it; scenes that bring their own keep them."""
+        with mixed_precision(batch["mic"].device.type):
+            if "frame_age" not in batch:
+                return batch | self._perceives(batch)
+            if "practice" in batch:
+                batch = batch | {"practice": batch["practice"] | self._perceives(batch["practice"])}
+            if "soft_say" in batch:
+                return batch
+            rope = torch.from_numpy(rope_table(self.model.config, batch["tick"].cpu().numpy())).to(batch["tick"].device)
+            return batch | self._decides({name: value for name, value in batch.items() if name != "practice"} | {"rope": rope})
+
     def perceives(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Soft targets of a perception batch: soft_word f32[n, labels] and soft_hand f32[n, labels]."""
-        with mixed_precision("cpu"):
-            words, hands = perceived(self.model, self.heads, batch)
+        """Soft targets of words and hands: soft_word f32[n, T, labels] and soft_hand f32[n, labels]."""
+        words, hands = perceived(self.model, self.heads, batch)
         return {"soft_word": words.float().softmax(-1), "soft_hand": hands.float().softmax(-1)}
 
-    @torch.no_grad()
-    def decides(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Soft targets of whole scenes: soft_say f32[B, T, words] and soft_act f32[B, T, acts]."""
-        scene = batch | {"rope": torch.from_numpy(rope_table(self.model.config, batch["tick"].numpy()))}
-        with mixed_precision("cpu"):
-            x, _ = self.model.perceive_scene(self.model.embed(scene), scene)
-            say, act = self.model.logits(self.model.present_scene(x, scene)[0])
+    def decides(self, scene: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Soft targets of whole scenes, with `rope` as this model has it: soft_say f32[B, T, words] and soft_act f32[B, T, acts]."""
+        x, _ = self.model.perceive_scene(self.model.embed(scene), scene)
+        say, act = self.model.logits(self.model.present_scene(x, scene)[0])
         return {"soft_say": say[..., 0, :].float().softmax(-1), "soft_act": act.float().softmax(-1)}
 
 

@@ -146,7 +146,7 @@ class Trainer:
         if source.start is not None:
             grow(self.model, source.start)
             load_weights(self.heads, source.start / HEADS_NAME)
-        self.teacher = Teacher.read(teacher, recipe.model) if teacher is not None else None
+        self.teacher = Teacher.read(teacher, recipe.model).to(processes.device, compiled) if teacher is not None else None
         self.actor = copy.deepcopy(self.model).eval()
         self.actor.share_memory()  # with the workers, which play scenes again with the weights of the moment
         self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(processes.device)
@@ -202,9 +202,8 @@ class Trainer:
         name, device, cpu = stage.learns, self.processes.device, self.processes.device.type == "cpu"
         seed = (self.recipe.seed * 100 + number) * 100_000 + optimizer.step  # a resumed run goes on with fresh scenes
         torch.manual_seed(seed + self.processes.rank)
-        part = (self.processes.rank, self.processes.size)
-        source = Batches(self.people, self.recipe, stage, [seed, part[0]], self.actor, self.teacher, self.shards, part)
-        # On a CPU one would do, but for a teacher, which thinks in them; always two, so that `train` and `distill` see the same scenes.
+        part = self.processes.rank, self.processes.size
+        source = Batches(self.people, self.recipe, stage, [seed, part[0]], self.actor, self.shards, part)
         workers = 2 if cpu else max((os.cpu_count() or 2) - 1, 1)
         batches = iter(DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=6))
         held_out: list[Batch] = []
@@ -217,8 +216,11 @@ class Trainer:
         while optimizer.step < stage.steps:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
+            batch = _moved(next(batches), device)
+            if self.teacher is not None:
+                batch = self.teacher.teaches(batch)
             with mixed_precision(device.type):
-                values = loss(_moved(next(batches), device))
+                values = loss(batch)
             values["loss"].backward()
             self.processes.average(optimizer.weights)
             if not optimizer.gradients_are_numbers():
