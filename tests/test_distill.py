@@ -25,7 +25,7 @@ from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
 from export.distill.losses import SpeechTarget, perceive_kind, scene_loss
-from export.distill.model import mixed_precision
+from export.distill.model import Block, attend_windowed, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Source, train
 from export.distill.voice import Vocoder, word_mels
@@ -243,6 +243,31 @@ def test_compiled_attention_reads_nothing_in_front_of_a_batch(recipe_path: Path,
     recipe = Recipe.read(recipe_path)
     batch = next(iter(Batches(corpus, recipe, recipe.stages[1], [0])))
     subprocess.run([sys.executable, "-c", GUARDED, batch["valid"].numpy().dtype.name], check=True, timeout=300)
+
+
+def test_compiled_attention_has_gradients_that_are_numbers() -> None:
+    """Where there is AMX, PyTorch 2.13 compiled the keys' rotation, written as chunk and cat, to gradients that are none."""
+    torch.manual_seed(0)
+    block, ticks, tokens = Block(256, 4, 768, 8), 64, 24
+    tick, valid = torch.arange(ticks).expand(2, -1), torch.ones(2, ticks, dtype=torch.long)
+    x, rope = torch.randn(2, ticks, tokens, 256), torch.randn(2, ticks, tokens, 2, 32)
+    spans = slice(0, 4), slice(4, 16)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = block.keys_values(x, rope)
+        parts = [attend_windowed(q[:, :, s], k[:, :, s], v[:, :, s], tick, valid, 8) for s in spans]
+        return block.finish(x, torch.cat([*parts, attend_windowed(q[:, :, 16:], k, v, tick, valid, 8)], dim=2))
+
+    def gradient(layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        block.zero_grad()
+        with mixed_precision("cpu"):
+            y = layer(x)
+        y.float().square().mean().backward()
+        assert block.qkv.weight.grad is not None
+        return block.qkv.weight.grad.clone()
+
+    eager, compiled = gradient(layer), gradient(torch.compile(layer, dynamic=False))
+    assert (compiled - eager).norm() < 0.1 * eager.norm()
 
 
 def _progress(work: Path) -> list[dict[str, str]]:

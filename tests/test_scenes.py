@@ -256,17 +256,17 @@ def test_a_word_window_labels_the_tick_in_which_its_word_is_over(
     monkeypatch.setattr(Chance, "reverb", 0.0)
     monkeypatch.setattr(Chance, "gated", 1.0)
     monkeypatch.setattr(scenes_module.Chance, "speaking", 0.0)
-    windows = word_windows(corpus, voice_words, np.random.default_rng(0), 60, CONFIG)
+    windows = word_windows(corpus, voice_words, np.random.default_rng(0), 150, CONFIG)
     seen = 0
     for mic, _, label in zip(*windows, strict=True):
-        if (label > 0).sum() != 1:
+        if (label > 0).sum() != 1 or label.max() > 10:  # the end of a mangled word cannot be measured this simply
             continue
         loud = np.sqrt(np.mean(mic[: len(mic) // 160 * 160].reshape(-1, 160) ** 2, axis=1))
-        over_s = (160 * (int(np.flatnonzero(loud > 0.3 * loud.max())[-1]) + 1) - CONFIG.context_samples) / RATE_HZ
+        over_s = (160 * (int(np.flatnonzero(loud > 0.5 * loud.max())[-1]) + 1) - CONFIG.context_samples) / RATE_HZ
         edge_s = (int(np.flatnonzero(label)[0]) + 1) * TICK_S
-        assert edge_s - TICK_S - REACTION_S - 0.15 < over_s <= edge_s - REACTION_S + 0.02
+        assert edge_s - TICK_S - REACTION_S - 0.02 < over_s <= edge_s - REACTION_S + 0.02
         seen += 1
-    assert seen > 8
+    assert seen > 15
 
 
 def test_hand_frames(corpus: Corpus) -> None:

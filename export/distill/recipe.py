@@ -18,7 +18,10 @@ class RecipeError(ExportError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `batch` scenes (or words and as many hands) a step, Muon's and AdamW's learning rates, linear decay at the end."""
+    """One stage: `batch` scenes (or windows with words, and as many hands) a step, Muon's and AdamW's learning rates.
+
+    They fall linearly at the end.
+    """
 
     learns: Literal["perception", "scenes"]  # words and hands alone, or all of it
     steps: int
@@ -61,7 +64,7 @@ class Recipe:
     model: ModelConfig
     stages: tuple[Stage, ...]  # one after the other
     vocoder_minutes: float  # on one thread
-    practice: int  # words, and as many hands, that are practised along with every step of scenes
+    practice: int  # windows with words, and as many hands, that are practised along with every step of scenes
     replays: float  # share of the scenes that are played again with the model's own choices in their past
     say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
     act_margin: float = 0.0

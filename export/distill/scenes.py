@@ -25,7 +25,7 @@ class Chance:
     remembering, contradicted = 0.25, 0.25  # a share of all scenes, a share of the rest
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
-    # words alone: the others are no commands; a share of the windows
+    # words alone: a word is a command, a window one in which the companion speaks
     command, speaking = 0.6, 0.4
 
 
