@@ -9,15 +9,23 @@ import numpy as np
 from export.espeak import speak
 from export.voice_tables import RATE_HZ
 
-# Of 16 espeak-ng voices the only one whose words pocketsphinx all understood (20 of 20; the plain male en-us: 16):
-# a low, calm female voice (172 Hz), close enough to the pulse model to survive it.
-VOICE = "en-us+f2"
-WORDS_PER_MINUTE = 160  # the longest word, "ok", takes 0.65 s
+VOICE = "en-us+f2"  # low, calm, female (172 Hz), close enough to the pulse model to survive it
+WORDS_PER_MINUTE = 160  # the longest words, "ok" and "seven", take 0.65 s
+# In espeak's phonemes, where pocketsphinx takes its own reading for another word of the vocabulary ("one" and "nine" for "quiet"):
+# a longer vowel, or a breath after the t. With them it is right 479 times of 480, without them 428.
+PRONUNCIATIONS = {
+    "one": "[[w'VVVn]]",
+    "five": "[[f'aIIv]]",
+    "eight": "[['e:It]]",
+    "nine": "[[n'a#In]]",
+    "now": "[[n'a:U]]",
+    "talk": "[[th'O:k]]",
+}
 
 
 def render_words(words: Iterable[str]) -> dict[str, np.ndarray]:
     """Each word (the empty one is left out) in the companion's voice: f32[n] at 16 kHz, starting at sample 0, -20 dBFS RMS."""
-    return {word: recite(word) for word in words if word}
+    return {word: recite(PRONUNCIATIONS.get(word, word)) for word in words if word}
 
 
 def recite(text: str, pitch: int = 50) -> np.ndarray:

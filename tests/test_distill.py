@@ -24,8 +24,8 @@ from export.distill.batches import Batches
 from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
-from export.distill.losses import SpeechTarget, perceive_kind, scene_loss
-from export.distill.model import Block, attend_windowed, mixed_precision
+from export.distill.losses import SpeechTarget, perceive_kind, scene_loss, voice_loss
+from export.distill.model import Block, TickModel, attend_windowed, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Source, train
 from export.distill.voice import Vocoder, word_mels
@@ -65,6 +65,8 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
         ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
+        ({"stages": [{"learns": "voice", "steps": 1, "batch": 1, "muon_lr": 0.0, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
+        ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "chatter": 1.5}]}, "stages.chatter"),
         ({"teachers": [{"after": 3, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
         ({"teachers": 2 * [{"after": 1, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
         ({"teachers": [{"after": 0, "present_layers": 0, "seed": 1, "stages": []}]}, "teachers.present_layers"),
@@ -184,6 +186,30 @@ def test_a_stage_that_keeps_what_perceives_changes_only_what_is_above(trained: T
     perceiving = {name for name in before if name.startswith(("audio.", "video.", "text.", "perceive.")) and not name.startswith(last)}
     assert not changed & perceiving
     assert {"say.weight", "act.weight", f"{last}qkv.weight", "present.0.qkv.weight", "flow.leave.weight"} <= changed
+
+
+def test_a_stage_of_the_voice_changes_only_how_words_are_said(trained: Trained) -> None:
+    before = trained("work", WORDS_STAGE)
+    after = trained("work", WORDS_STAGE, Stage("voice", steps=2, batch=2, muon_lr=0.0, adam_lr=0.001))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("flow.")}
+
+
+def test_a_stage_of_the_voice_brings_speech_nearer_to_its_words(recipe_path: Path, corpus: Corpus) -> None:
+    recipe = Recipe.read(recipe_path)
+    torch.manual_seed(0)
+    model, target = TickModel(recipe.model), SpeechTarget(recipe.model)
+    batch = next(iter(Batches(corpus, recipe, Stage("voice", steps=1, batch=2, muon_lr=0.0, adam_lr=0.003, chatter=1.0), [0])))
+    assert (batch["say_now"] > 0).float().mean() > 0.1
+    optimizer = torch.optim.AdamW(model.flow.parameters(), 0.003)
+    losses = []
+    for _ in range(20):
+        loss = voice_loss(model, target, batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_stage_that_joins_another_ends_in_the_mean_of_both(trained: Trained) -> None:

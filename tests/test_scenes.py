@@ -17,7 +17,7 @@ from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
 from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
 from export.distill.corpus import Corpus, CorpusMissing, load_corpus
 from export.distill.pictures import Thing
-from export.distill.scenes import WINDOW_TICKS, Scene, Stage, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
+from export.distill.scenes import WINDOW_TICKS, Scene, Stage, chatter, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
 from export.distill.script import REACTION_S, Script
 from export.distill.sounds import ABOVE_NOISE, Chance, power
 from export.hands import draw_hand
@@ -214,6 +214,18 @@ def test_a_replay_of_silence_is_asked_again_and_has_nothing_in_its_voice(scenes:
     again = [replay(scene, CONFIG, nothing, nothing, np.random.default_rng(0)) for scene in scenes]
     assert not any(scene.voice.any() or scene.said.any() for scene in again)
     assert sum(int((a.say_target > 0).sum()) for a in again) > sum(int((b.say_target > 0).sum()) for b in scenes)
+
+
+def test_a_chatter_says_every_word_and_breaks_some_off(scenes: list[Scene]) -> None:
+    rng = np.random.default_rng(0)
+    chatters = [chatter(scene, CONFIG, rng) for scene in 4 * scenes]
+    said = np.concatenate([scene.say_now[:, 0] for scene in chatters])
+    assert set(said) == set(range(len(WORDS)))
+    assert 0.1 < (said > 0).mean() < 0.3
+    assert any(scene.cut.any() for scene in chatters)
+    for scene, other in zip(4 * scenes, chatters, strict=True):
+        assert np.array_equal(other.frames, scene.frames) and np.array_equal(other.text_in, scene.text_in)
+        assert other.voice.any()
 
 
 def test_without_flaws_nothing_is_lost_or_mistaken(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from device.positions import clock_features, rope_table
 from export.distill.corpus import Corpus
 from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, Stage
-from export.distill.scenes import Scene, hand_frames, make_scene, replay, word_windows
+from export.distill.scenes import Scene, chatter, hand_frames, make_scene, replay, word_windows
 from export.distill.shards import endless_scenes
 from export.spoken_words import render_words
 
@@ -84,16 +84,22 @@ class Batches(IterableDataset[Batch]):
         )
 
     def _with_practice(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        practice = 0 if self.stage.keeps else self.recipe.practice
+        practice = 0 if self.stage.keeps or self.stage.learns == "voice" else self.recipe.practice
         return batch | {"practice": self._perception(rng, practice)} if practice else batch
 
     def _scenes(self, rng: np.random.Generator) -> Batch:
         c = self.recipe.model
         assert self.corpus is not None
         made = [make_scene(self.corpus, self.words, rng, c, self.stage.ticks or self.recipe.ticks) for _ in range(self.stage.batch)]
-        if self.actor is not None:
-            made = [self._replayed(scene, rng) if rng.random() < self.recipe.replays else scene for scene in made]
-        return scene_batch([scene.arrays for scene in made], c)
+        return scene_batch([self._played(scene, rng).arrays for scene in made], c)
+
+    def _played(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """The scene, or sometimes the same with another companion in it."""
+        if rng.random() < self.stage.chatter:
+            return chatter(scene, self.recipe.model, rng)
+        if self.actor is not None and rng.random() < self.recipe.replays:
+            return self._replayed(scene, rng)
+        return scene
 
     def _replayed(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """The scene with the actor's own choices in its past, once it has learned to make the better part of them."""

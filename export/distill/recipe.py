@@ -23,7 +23,7 @@ class Stage:
     They fall linearly at the end.
     """
 
-    learns: Literal["perception", "scenes"]  # words and hands alone, or all of it
+    learns: Literal["perception", "scenes", "voice"]  # words and hands alone, all of it, or the flow head alone: how every word is said
     steps: int
     batch: int
     muon_lr: float
@@ -31,13 +31,16 @@ class Stage:
     decay: float = 0.6  # fraction of the steps over which the rates fall to zero
     ticks: int | None = None  # length of a scene, where it is not the recipe's
     keeps: bool = False  # what perceives (the embeddings, all perceiving layers but the last) stays as it is
+    chatter: float = 0.0  # share of the scenes (not of those in shards) in which the companion says any word at any time
     joins: int | None = None  # ends in the mean with the weights after this stage, the first being 1 (model soups, arXiv 2203.05482)
 
     def __post_init__(self) -> None:
-        if self.learns not in ("perception", "scenes"):
-            raise RecipeError(f"the field stages.learns must be 'perception' or 'scenes', not {self.learns!r}")
-        if self.keeps and self.learns == "perception":
-            raise RecipeError("the field stages.keeps leaves a stage of perception nothing to learn; leave it out there")
+        if self.learns not in ("perception", "scenes", "voice"):
+            raise RecipeError(f"the field stages.learns must be 'perception', 'scenes' or 'voice', not {self.learns!r}")
+        if self.keeps and self.learns != "scenes":
+            raise RecipeError(f"the field stages.keeps is for scenes, not for a stage of {self.learns}; leave it out there")
+        if not 0 <= self.chatter <= 1 or (self.chatter and self.learns == "perception"):
+            raise RecipeError(f"the field stages.chatter is a share, 0 to 1, of a stage's scenes, not {self.chatter} of {self.learns}")
 
 
 @dataclass(frozen=True)

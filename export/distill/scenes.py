@@ -27,6 +27,8 @@ class Chance:
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
     # words alone: a word is a command, a window one in which the companion speaks
     command, speaking = 0.6, 0.4
+    # any words: a tick breaks one off
+    broken_off = 0.015
 
 
 SHORTEST_GAP = 10  # ticks left out of a scene in which time passes; behind the longest gap as many of the memory are left
@@ -184,6 +186,18 @@ def replay(scene: Scene, c: ModelConfig, say: np.ndarray, act: np.ndarray, rng: 
     past = _Past(scene.world, c, rng, (say, act))
     room, voice, echo = _sound(scene.world, past, c, rng)
     return Scene(**vars(scene) | past.arrays() | {"room": room, "mic": np.clip(room + echo, -1, 1), "voice": voice})
+
+
+def chatter(scene: Scene, c: ModelConfig, rng: np.random.Generator) -> Scene:
+    """The same scene with a companion in it that says any word at any time, some broken off: what its voice is learned from."""
+    ticks = len(scene.tick)
+    say, act = np.zeros((2, ticks), np.int32)
+    at = int(rng.integers(1, 6))
+    while at < ticks:
+        say[at] = rng.integers(1, len(WORDS))
+        at += int(rng.integers(2, 9))
+    act[rng.random(ticks) < Chance.broken_off] = ACTS.index("yield")
+    return replay(scene, c, say, act, rng)
 
 
 def word_windows(

@@ -1,4 +1,4 @@
-"""Training by one recipe: perception first (words and hands alone), then whole scenes; resumable, with a CSV of its progress."""
+"""Training by one recipe: perception first (words and hands alone), then whole scenes, the voice; resumable, with a CSV of its progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from export.distill.batches import Batch, Batches
 from export.distill.corpus import load_corpus
-from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss
+from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss, voice_loss
 from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.teacher import HEADS_NAME, Teacher, grow, load_weights
@@ -83,16 +83,18 @@ class Processes(NamedTuple):
 
 
 class Optimizer:
-    """Muon on the matrices of the blocks and the hMLP, AdamW on the rest, and an exponential average of the weights."""
+    """Muon on the matrices of the blocks and the hMLP, where they learn, AdamW on the rest, and an exponential average of the weights."""
 
     def __init__(self, modules: nn.Module, stage: Stage) -> None:
         learning = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
         matrices = [p for n, p in learning if p.ndim == 2 and any(s in n for s in ("perceive.", "present.", "hmlp."))]
         chosen = {id(p) for p in matrices}
         rest = [p for _, p in learning if id(p) not in chosen]
-        self.stage, self.step = stage, 0
-        self.muon = torch.optim.Muon(matrices, lr=stage.muon_lr, momentum=0.95, weight_decay=0.01)
-        self.adam = torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.stage, self.step, self.rest = stage, 0, rest
+        self.rates: list[tuple[torch.optim.Optimizer, float]] = []
+        if matrices:
+            self.rates.append((torch.optim.Muon(matrices, lr=stage.muon_lr, momentum=0.95, weight_decay=0.01), stage.muon_lr))
+        self.rates.append((torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.01), stage.adam_lr))
         self.weights = list(modules.parameters())
         self.average = [p.detach().clone() for p in self.weights]
 
@@ -104,23 +106,21 @@ class Optimizer:
     def update(self) -> None:
         left = 1 - self.step / self.stage.steps
         factor = min(1.0, (self.step + 1) / 50, max(left, 0.0) / self.stage.decay)
-        for optimizer, lr in ((self.muon, self.stage.muon_lr), (self.adam, self.stage.adam_lr)):
+        torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
+        for optimizer, lr in self.rates:
             optimizer.param_groups[0]["lr"] = lr * factor
-        torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
-        self.muon.step()
-        self.adam.step()
-        self.muon.zero_grad()
-        self.adam.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         torch._foreach_lerp_(self.average, [p.detach() for p in self.weights], max(1 - EMA, 1 / (self.step + 1)))
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "muon": self.muon.state_dict(), "adam": self.adam.state_dict(), "average": self.average}
+        return {"step": self.step, "optimizers": [optimizer.state_dict() for optimizer, _ in self.rates], "average": self.average}
 
     def load(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+        for (optimizer, _), saved in zip(self.rates, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for mine, theirs in zip(self.average, state["average"], strict=True):
             mine.copy_(theirs)
 
@@ -154,6 +154,7 @@ class Trainer:
         self.losses: dict[str, Loss] = {
             "perception": lambda batch: perception_loss(self.model, self.heads, batch),
             "scenes": lambda batch: scene_loss(self.model, self.heads, target, batch),
+            "voice": lambda batch: voice_loss(self.model, target, batch),
         }
         self.log = _Log(work / "progress.csv") if processes.first else None
 
@@ -172,8 +173,7 @@ class Trainer:
                 )
         self.processes.wait()  # until all have read it
         for number in range(saved["stage"], until):
-            perceives = nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]])
-            perceives.requires_grad_(not self.recipe.stages[number].keeps)
+            self._choose(self.recipe.stages[number])
             optimizer = Optimizer(self.modules, self.recipe.stages[number])
             if number == saved["stage"] and "optimizer" in saved:
                 optimizer.load(saved["optimizer"])
@@ -181,6 +181,13 @@ class Trainer:
             _swap(self.modules, optimizer.average)
             self._join(number + 1)
             self._save({"stage": number + 1})
+
+    def _choose(self, stage: Stage) -> None:
+        """What learns in a stage."""
+        self.modules.requires_grad_(stage.learns != "voice")
+        if stage.keeps:
+            nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]]).requires_grad_(False)
+        self.model.flow.requires_grad_()
 
     def _join(self, number: int) -> None:
         """After stage `number`, the first being 1: the mean with an earlier one's weights, and its own kept where a later one joins it."""
@@ -217,7 +224,7 @@ class Trainer:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
             batch = _moved(next(batches), device)
-            if self.teacher is not None:
+            if self.teacher is not None and name != "voice":  # which it has no opinion of
                 batch = self.teacher.teaches(batch)
             with mixed_precision(device.type):
                 values = loss(batch)
