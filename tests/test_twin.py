@@ -438,7 +438,8 @@ def test_a_board_goes_back_by_itself_from_a_release_that(board: Twin, workshop: 
 def test_a_release_for_another_architecture_or_with_a_spoilt_signature_is_refused(board: Twin, workshop: Workshop) -> None:
     before = present(board)
     spoilt = workshop.release(REPOSITORY)
-    (spoilt / "release.sig").write_bytes((spoilt / "release.sig").read_bytes()[:-1] + b"\0")
+    *kept, last = (spoilt / "release.sig").read_bytes()
+    (spoilt / "release.sig").write_bytes(bytes([*kept, last ^ 1]))  # not a 0: one signature in sixteen ends in that
     changed = workshop.release(REPOSITORY, extra="loop")
     (changed / "bundle" / "ticks.npz").unlink()
     (changed / "bundle" / "ticks.npz").write_bytes(b"another")
