@@ -12,7 +12,7 @@ from export.voice_tables import RATE_HZ
 VOICE = "en-us+f2"  # low, calm, female (172 Hz), close enough to the pulse model to survive it
 WORDS_PER_MINUTE = 160  # the longest words, "ok" and "seven", take 0.65 s
 # In espeak's phonemes, where pocketsphinx takes its own reading for another word of the vocabulary ("one" and "nine" for "quiet"):
-# a longer vowel, or a breath after the t. With them it is right 479 times of 480, without them 428.
+# a longer vowel, or a breath after the t. With them it is right 479 times of 480, without them 428 (model card).
 PRONUNCIATIONS = {
     "one": "[[w'VVVn]]",
     "five": "[[f'aIIv]]",

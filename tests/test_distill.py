@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -27,7 +28,7 @@ from export.distill.finish import finish
 from export.distill.losses import SpeechTarget, perceive_kind, scene_loss, voice_loss
 from export.distill.model import Block, TickModel, attend_windowed, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
-from export.distill.train import Source, train
+from export.distill.train import Optimizer, Source, train
 from export.distill.voice import Vocoder, word_mels
 from export.voice_tables import SILENCE
 
@@ -193,6 +194,31 @@ def test_a_stage_of_the_voice_changes_only_how_words_are_said(trained: Trained) 
     after = trained("work", WORDS_STAGE, Stage("voice", steps=2, batch=2, muon_lr=0.0, adam_lr=0.001))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if name.startswith("flow.")}
+
+
+def test_an_optimizer_goes_on_where_it_stopped(recipe_path: Path) -> None:
+    """Also that of a stage of the voice, in which Muon has nothing to do."""
+    for learning, optimizers in (("", {"adam", "muon"}), ("flow", {"adam"})):
+        torch.manual_seed(0)
+        model = TickModel(Recipe.read(recipe_path).model)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name.startswith(learning))
+        again = copy.deepcopy(model)
+        first, second = Optimizer(model, SCENES_STAGE), Optimizer(again, SCENES_STAGE)
+        _step(first)
+        assert first.state().keys() == optimizers | {"step", "average"}
+        again.load_state_dict(model.state_dict())
+        second.load(copy.deepcopy(first.state()))
+        _step(first)
+        _step(second)
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(second.average, first.average, rtol=0, atol=0)
+
+
+def _step(optimizer: Optimizer) -> None:
+    for weight in optimizer.weights:
+        weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+    optimizer.update()
 
 
 def test_a_stage_of_the_voice_brings_speech_nearer_to_its_words(recipe_path: Path, corpus: Corpus) -> None:

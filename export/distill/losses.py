@@ -18,7 +18,7 @@ from export.voice_tables import SILENCE
 
 EVENT_WEIGHT = 2.0  # of a tick in which something is said or done; 3 fires falsely (measured on the prototype)
 SILENT_WEIGHT = 0.1  # of a silent token in the flow loss
-DRAWS = 8  # of the flow loss in a batch of a voice stage, whose top states cost more than all of them
+DRAWS = 8  # of noise and Euler step in a stage of the voice, from the same top states
 SMOOTHING = 0.05  # of the labels of words and hands alone
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
@@ -152,21 +152,24 @@ def scene_loss(model: TickModel, heads: Auxiliary, target: SpeechTarget, batch: 
 
 
 def voice_loss(model: TickModel, target: SpeechTarget, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Loss of the flow head alone, in scenes; everything else stays as it is. A batch counts DRAWS times: of its noise and Euler steps."""
+    """Loss of the flow head alone, in scenes; everything else stays as it is."""
     with torch.no_grad():
         x, _ = model.perceive_scene(model.embed(batch), batch)
         top, _ = model.present_scene(x, batch)
-    draws = [flow_loss(model, target, top, batch) for _ in range(DRAWS)]
-    loss = torch.stack(draws).mean()
+    loss = flow_loss(model, target, top, batch, DRAWS)
     return {"loss": loss, "flow": loss}
 
 
-def flow_loss(model: TickModel, target: SpeechTarget, top: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Squared error of the mel that the flow head predicts from the top states of scenes, [B, T, summary_tokens, width]."""
+def flow_loss(model: TickModel, target: SpeechTarget, top: Tensor, batch: dict[str, Any], draws: int = 1) -> Tensor:
+    """Squared error of the mel that the flow head predicts from the top states of scenes, [B, T, summary_tokens, width].
+
+    The mean over so many draws of noise and Euler step.
+    """
     mel, sounds = target(batch["say_now"][..., 0].long(), batch["cut"])
-    conditions = model.flow.conditions(top, batch["say_now"].long(), batch["act_now"].long())
+    conditions = model.flow.conditions(top, batch["say_now"].long(), batch["act_now"].long()).float()
+    error = torch.stack([model.flow.loss(conditions, mel) for _ in range(draws)]).mean(0)
     weight = torch.where(sounds | batch["cut"], 1.0, SILENT_WEIGHT)[..., None] * batch["valid"].float()[..., None]
-    return (model.flow.loss(conditions.float(), mel) * weight).sum() / (weight.sum() * model.config.trunk.summary_tokens)
+    return (error * weight).sum() / (weight.sum() * model.config.trunk.summary_tokens)
 
 
 def _events(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class RecipeError(ExportError):
 class Stage:
     """One stage: `batch` scenes (or windows with words, and as many hands) a step, Muon's and AdamW's learning rates.
 
-    They fall linearly at the end.
+    They fall linearly at the end. A stage of the voice has nothing for Muon.
     """
 
     learns: Literal["perception", "scenes", "voice"]  # words and hands alone, all of it, or the flow head alone: how every word is said

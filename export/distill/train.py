@@ -1,4 +1,4 @@
-"""Training by one recipe: perception first (words and hands alone), then whole scenes, the voice; resumable, with a CSV of its progress."""
+"""Training by one recipe: perception first (words and hands alone), then scenes, then the voice; resumable, with a CSV of its progress."""
 
 from __future__ import annotations
 
@@ -91,10 +91,11 @@ class Optimizer:
         chosen = {id(p) for p in matrices}
         rest = [p for _, p in learning if id(p) not in chosen]
         self.stage, self.step, self.rest = stage, 0, rest
-        self.rates: list[tuple[torch.optim.Optimizer, float]] = []
+        self.rates = {"adam": stage.adam_lr}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"adam": torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)}
         if matrices:
-            self.rates.append((torch.optim.Muon(matrices, lr=stage.muon_lr, momentum=0.95, weight_decay=0.01), stage.muon_lr))
-        self.rates.append((torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.98), weight_decay=0.01), stage.adam_lr))
+            self.rates["muon"] = stage.muon_lr
+            self.optimizers["muon"] = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01)
         self.weights = list(modules.parameters())
         self.average = [p.detach().clone() for p in self.weights]
 
@@ -107,20 +108,21 @@ class Optimizer:
         left = 1 - self.step / self.stage.steps
         factor = min(1.0, (self.step + 1) / 50, max(left, 0.0) / self.stage.decay)
         torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
-        for optimizer, lr in self.rates:
-            optimizer.param_groups[0]["lr"] = lr * factor
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = self.rates[name] * factor
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         torch._foreach_lerp_(self.average, [p.detach() for p in self.weights], max(1 - EMA, 1 / (self.step + 1)))
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "optimizers": [optimizer.state_dict() for optimizer, _ in self.rates], "average": self.average}
+        own = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return own | {"step": self.step, "average": self.average}
 
     def load(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        for (optimizer, _), saved in zip(self.rates, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
         for mine, theirs in zip(self.average, state["average"], strict=True):
             mine.copy_(theirs)
 
