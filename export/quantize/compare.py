@@ -13,6 +13,7 @@ from onnx import helper
 from device.config import ModelConfig
 from device.dmel import hann, mel_filters
 from device.engine import Buffers, Engine, HostMemory, Memory, allocate
+from device.engine.onnx_runtime import open_session
 from device.tensors import tensor_table
 from export.scoreboard.play import AUDIBLE
 
@@ -27,23 +28,13 @@ class ProbeEngine:
     """A graph on ONNX Runtime that also shows tensors from within; `probes` holds those of the last launch."""
 
     def __init__(self, model: onnx.ModelProto, config: ModelConfig, probes: Iterable[str] = ()) -> None:
-        import onnxruntime
-
         self._probes = list(dict.fromkeys(probes))
         shown = onnx.ModelProto()
         shown.CopyFrom(model)
         entering = {row.name for row in tensor_table(config) if row.enters}
         inside = [name for name in self._probes if name not in entering]
         shown.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in inside)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        # Where weights alone have few bits, the activations must not be rounded behind our back.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        self._session = onnxruntime.InferenceSession(
-            shown.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
-        )
+        self._session = open_session(shown.SerializeToString())
         self.inputs, self.outputs = allocate(config)
         self.memory: Memory = HostMemory(config, self.inputs, self.outputs)
         self._names, self.probes = [*self.outputs, *inside], dict[str, np.ndarray]()

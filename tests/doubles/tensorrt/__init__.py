@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from pycuda import driver as _cuda
 
+from device.engine.onnx_runtime import open_session as _open_session
+
 __version__ = "10.3.0"
 
 _MAGIC = b"double of a TensorRT engine\n"
@@ -79,16 +81,7 @@ class Runtime:
 
 class ICudaEngine:
     def __init__(self, graph: bytes, logger: ILogger) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()  # as in OnnxRuntimeEngine, so that every bit can be equal
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
-        )
+        self._session = _open_session(graph)  # as OnnxRuntimeEngine's, so that every bit can be equal
         inputs = [(value, TensorIOMode.INPUT) for value in self._session.get_inputs()]
         outputs = [(value, TensorIOMode.OUTPUT) for value in self._session.get_outputs()]
         self._io = {value.name: (value, mode) for value, mode in (*inputs, *outputs)}
