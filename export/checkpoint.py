@@ -66,7 +66,7 @@ def weight_table(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     f = s.flow_width
     table |= _linear("flow.condition", f, width) | _linear("flow.enter", f, c.flow_dim) | _linear("flow.leave", c.flow_dim, f)
     table |= {f"flow.chosen.{i}.weight": (words, width) for i in range(t.say)}
-    table["flow.chosen_act.weight"] = (len(t.acts), width)
+    table |= {"flow.chosen_act.weight": (len(t.acts), width), "flow.past.weight": (f, voice_tables.PAST_FRAMES * s.mel_channels)}
     table |= {"flow.place": (k.summary_tokens, width), "flow.step.weight": (s.flow_steps, f), "flow.final_norm.weight": (f,)}
     for i in range(s.flow_blocks):
         table |= {f"flow.norms.{i}.weight": (f,)} | _linear(f"flow.ups.{i}", 2 * f, f) | _linear(f"flow.downs.{i}", f, 2 * f)

@@ -332,7 +332,8 @@ class TickGraph(GraphBuilder):
         for i, word in enumerate(self.split(chosen, [1] * c.text.say, axis=0)):
             x = self.add(x, self.op("Gather", self.weight(f"flow.chosen.{i}.weight"), word, name=f"chosen{i}"))
         x = self.add(x, self.op("Gather", self.weight("flow.chosen_act.weight"), acted, name="chosen_act"))
-        conditions = self.linear(x, "flow.condition", bias=True)
+        past = self.linear(self.reshape("vocoder_mel", 1, -1), "flow.past")
+        conditions = self.add(self.linear(x, "flow.condition", bias=True), past)
         x = noise
         for step in range(s.flow_steps):
             with self.scope(f"step{step}"):

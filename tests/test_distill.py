@@ -25,8 +25,8 @@ from export.distill.batches import Batches
 from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
-from export.distill.losses import SpeechTarget, perceive_kind, scene_loss, voice_loss
-from export.distill.model import Block, TickModel, attend_windowed, mixed_precision
+from export.distill.losses import SpeechTarget, past_frames, perceive_kind, scene_loss, voice_loss
+from export.distill.model import Block, FlowHead, TickModel, attend_windowed, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Optimizer, Source, train
 from export.distill.voice import Vocoder, word_mels
@@ -129,6 +129,35 @@ def test_speech_follows_the_word_that_was_begun() -> None:
     expected = [2 <= t < 2 + ticks["one"] or t == 6 or 7 <= t < 9 for t in range(12)]
     assert sounds[0].tolist() == expected
     assert (frames[np.logical_not(expected)] == np.float32(SILENCE)).all()
+
+
+def test_speech_goes_on_from_the_end_of_the_tick_before_that_was_not_lost() -> None:
+    heights = torch.arange(1.0, 5.0).reshape(1, 4, 1, 1)  # of the last two frames of each tick; all others are silent
+    mel = torch.full((1, 4, SMALL.mel_frames, SMALL.voice.mel_channels), SILENCE)
+    mel[:, :, -2:] += heights
+    valid = torch.tensor([[1, 1, 0, 1]])
+    past = past_frames(mel.reshape(1, 4, SMALL.trunk.summary_tokens, -1), valid)
+    assert past.shape == (1, 4, 2, SMALL.voice.mel_channels)
+    assert torch.allclose(past[0].mean((1, 2)), torch.tensor([0.0, 1.0, 2.0, 2.0]), atol=1e-5)
+    assert past[0].std((1, 2)).max() < 1e-5
+
+
+def test_the_flow_head_learns_to_go_on_from_what_was_spoken() -> None:
+    """States that tell nothing, and two things that sounded: only these say how it goes on."""
+    torch.manual_seed(0)
+    flow, channels = FlowHead(SMALL), SMALL.voice.mel_channels
+    past = torch.tensor([0.0, 2.0])[:, None, None].expand(2, 2, channels)
+    mel = torch.tensor([-1.0, 1.0])[:, None, None].expand(2, SMALL.trunk.summary_tokens, SMALL.flow_dim)
+    top = torch.zeros(2, SMALL.trunk.summary_tokens, SMALL.trunk.width)
+    nothing = torch.zeros(2, SMALL.text.say, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
+    optimizer = torch.optim.AdamW(flow.parameters(), 0.003)
+    for _ in range(100):
+        optimizer.zero_grad()
+        flow.loss(flow.conditions(top, *nothing, past), mel).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        made = flow(flow.conditions(top, *nothing, past), torch.randn_like(mel))
+    assert (made - mel).square().mean() < 0.1, "1 without it"
 
 
 def test_the_recipe_runs_stops_goes_on_and_ends_in_a_bundle(

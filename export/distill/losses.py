@@ -13,11 +13,12 @@ from device.config import ModelConfig
 from device.positions import rope_table
 from export.distill.model import RMSNorm, TickModel, attend_windowed, blocks
 from export.distill.pictures import IGNORE
-from export.distill.voice import word_mels
-from export.voice_tables import SILENCE
+from export.distill.voice import above_silence, word_mels
+from export.voice_tables import MEL_CHANNELS, PAST_FRAMES, SILENCE
 
 EVENT_WEIGHT = 2.0  # of a tick in which something is said or done; 3 fires falsely (measured on the prototype)
 SILENT_WEIGHT = 0.1  # of a silent token in the flow loss
+OWN_PAST = 0.5  # of the ticks in which the flow head goes on from mel of its own, as in life; in the rest from the true one
 DRAWS = 8  # of noise and Euler step in a stage of the voice, from the same top states
 SMOOTHING = 0.05  # of the labels of words and hands alone
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
@@ -163,13 +164,30 @@ def voice_loss(model: TickModel, target: SpeechTarget, batch: dict[str, Any]) ->
 def flow_loss(model: TickModel, target: SpeechTarget, top: Tensor, batch: dict[str, Any], draws: int = 1) -> Tensor:
     """Squared error of the mel that the flow head predicts from the top states of scenes, [B, T, summary_tokens, width].
 
-    The mean over so many draws of noise and Euler step.
+    The mean over so many draws of noise and Euler step. In OWN_PAST of the ticks the mel before them is what the head itself makes, in a
+    first pass from the true mel (scheduled sampling in two passes, Mihaylova & Martins 2019, arXiv 1906.07651).
     """
     mel, sounds = target(batch["say_now"][..., 0].long(), batch["cut"])
-    conditions = model.flow.conditions(top, batch["say_now"].long(), batch["act_now"].long()).float()
+    say, act, past = batch["say_now"].long(), batch["act_now"].long(), past_frames(mel, batch["valid"])
+    with torch.no_grad():
+        made = model.flow(model.flow.conditions(top, say, act, past).float(), torch.randn_like(mel))
+        own = torch.rand_like(past[..., :1, :1]) < OWN_PAST
+        past = torch.where(own, past_frames(made, batch["valid"]), past)
+    conditions = model.flow.conditions(top, say, act, past).float()
     error = torch.stack([model.flow.loss(conditions, mel) for _ in range(draws)]).mean(0)
     weight = torch.where(sounds | batch["cut"], 1.0, SILENT_WEIGHT)[..., None] * batch["valid"].float()[..., None]
     return (error * weight).sum() / (weight.sum() * model.config.trunk.summary_tokens)
+
+
+def past_frames(mel: Tensor, valid: Tensor) -> Tensor:
+    """What the flow head goes on from in each tick, f32[B, T, 2, 80]: the end of the tick before it that was not lost, or silence.
+
+    mel f32[B, T, summary_tokens, flow_dim], valid i64[B, T].
+    """
+    ends = above_silence(mel.flatten(2).unflatten(-1, (-1, MEL_CHANNELS))[:, :, -PAST_FRAMES:])
+    tick = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    before = F.pad(torch.where(valid > 0, tick, -1).cummax(1).values[:, :-1], (1, 0), value=-1)[..., None, None]
+    return torch.where(before < 0, 0.0, ends.gather(1, before.clamp_min(0).expand_as(ends)))
 
 
 def _events(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from device.config import AudioConfig, ModelConfig, VideoConfig
 from device.dmel import hann, level_thresholds, mel_filters
 from device.tensors import layer_tokens
 from export.constants import CLIP_MEAN, CLIP_STD, HMLP_FOLDS, MASKED, NORM_EPS, modality_bias
-from export.distill.voice import State, Vocoder
+from export.distill.voice import State, Vocoder, above_silence
+from export.voice_tables import PAST_FRAMES
 
 
 class RMSNorm(nn.Module):
@@ -260,7 +261,8 @@ class FlowHead(nn.Module):
     """Rectified flow (Lipman et al. 2022, arXiv 2210.02747) from noise to one token's mel frames.
 
     The network predicts the data end of the path; the velocity is (prediction − x) / (1 − t), so the last Euler step
-    lands on the prediction itself. It is conditioned on the token's top state and on the words and the act chosen in this tick.
+    lands on the prediction itself. It is conditioned on the token's top state, on the words and the act chosen in this tick, and on
+    the last mel frames of the tick before, which tell it what to go on with in the middle of a word.
     """
 
     def __init__(self, c: ModelConfig) -> None:
@@ -271,6 +273,7 @@ class FlowHead(nn.Module):
         self.chosen = nn.ModuleList(nn.Embedding(len(c.text.words), c.trunk.width) for _ in range(c.text.say))
         self.chosen_act = nn.Embedding(len(c.text.acts), c.trunk.width)  # "yield" silences a word
         self.place = nn.Parameter(0.02 * torch.randn(c.trunk.summary_tokens, c.trunk.width))
+        self.past = nn.Linear(PAST_FRAMES * s.mel_channels, width, bias=False)
         self.step = nn.Embedding(s.flow_steps, width)
         self.enter = nn.Linear(self.dim, width)
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(s.flow_blocks))
@@ -279,10 +282,13 @@ class FlowHead(nn.Module):
         self.final_norm = RMSNorm(width)
         self.leave = nn.Linear(width, self.dim)
 
-    def conditions(self, top: Tensor, say: Tensor, act: Tensor) -> Tensor:
-        """top [..., summary_tokens, width], say i64[..., say], act i64[..., 1] to [..., summary_tokens, flow_width]."""
+    def conditions(self, top: Tensor, say: Tensor, act: Tensor, past: Tensor) -> Tensor:
+        """top [..., summary_tokens, width], say i64[..., say], act i64[..., 1] to [..., summary_tokens, flow_width].
+
+        `past` [..., 2, 80] are the last mel frames of the tick before as height above silence: the vocoder's state.
+        """
         chosen = sum((table(say[..., i]) for i, table in enumerate(self.chosen)), self.chosen_act(act[..., 0]))
-        return self.condition(top + self.place + chosen[..., None, :])
+        return self.condition(top + self.place + chosen[..., None, :]) + self.past(past.flatten(-2))[..., None, :]
 
     def predict(self, x: Tensor, step: Tensor, conditions: Tensor) -> Tensor:
         """The data end of the path through x [..., dim] at Euler step `step` i64[...]."""
@@ -377,9 +383,13 @@ class TickModel(nn.Module):
         top, upper = self.present_scene(x, scene)
         out = self.decide(top)
         flow_noise, vocoder_noise = self._split_noise(scene["noise"])
-        mel = self.flow(self.flow.conditions(top, out["say"].long(), out["act"].long()), flow_noise)
-        state = self.vocoder.zero_state(mel.shape[0])
-        out["speech"], _ = self.vocoder(mel.flatten(1).unflatten(-1, (-1, self.config.voice.mel_channels)), vocoder_noise.flatten(1), state)
+        state = self.vocoder.zero_state(top.shape[0])
+        past, ticks = state.mel, []
+        for tick in range(top.shape[1]):  # each goes on from the one before that was not lost
+            conditions = self.flow.conditions(top[:, tick], out["say"][:, tick].long(), out["act"][:, tick].long(), past)
+            ticks.append(self.flow(conditions, flow_noise[:, tick]).flatten(1).unflatten(-1, (-1, self.config.voice.mel_channels)))
+            past = torch.where(scene["valid"][:, tick, None, None] > 0, above_silence(ticks[-1][:, -PAST_FRAMES:]), past)
+        out["speech"], _ = self.vocoder(torch.cat(ticks, 1), vocoder_noise.flatten(1), state)
         for i, kept in enumerate(lower + upper):
             out[f"new_{('key', 'value')[i % 2]}_{i // 2}"] = kept.transpose(2, 3)
         return out
@@ -443,8 +453,8 @@ class TickModel(nn.Module):
         top = self.norm(x)
         out |= self.decide(top)
         flow_noise, vocoder_noise = self._split_noise(inputs["noise"])
-        mel = self.flow(self.flow.conditions(top, out["say"].long(), out["act"].long()), flow_noise)
         state = State(*(inputs[f"vocoder_{name}"][None] for name in State._fields))
+        mel = self.flow(self.flow.conditions(top, out["say"].long(), out["act"].long(), state.mel[0]), flow_noise)
         speech, state = self.vocoder(mel.reshape(1, -1, c.voice.mel_channels), vocoder_noise[None], state)
         out["speech"] = speech[0]
         for name, value in zip(State._fields, state, strict=True):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from device.dmel import mel_filters
 from export import voice_tables as tables
 from export.spoken_words import recite, render_words
-from export.voice_tables import DELAY_SAMPLES, HOP_SAMPLES, MEL_CHANNELS, MEL_MEAN, MEL_STD, RATE_HZ, SILENCE
+from export.voice_tables import DELAY_SAMPLES, HOP_SAMPLES, MEL_CHANNELS, MEL_MEAN, MEL_STD, PAST_FRAMES, RATE_HZ, SILENCE
 
 MEL_WINDOW, MEL_DFT = 800, 1024
 TICK_FRAMES = 16  # of a tick of 200 ms, unless the model's configuration says otherwise
@@ -34,6 +34,11 @@ class State(NamedTuple):
     hidden: Tensor
     phase: Tensor
     tail: Tensor
+
+
+def above_silence(mel: Tensor) -> Tensor:
+    """The height of normalised mel above silence, as the vocoder takes it: none below, and no wild frame's."""
+    return mel.clamp(SILENCE, tables.MEL_TOP) - SILENCE
 
 
 class Vocoder(nn.Module):
@@ -63,7 +68,7 @@ class Vocoder(nn.Module):
 
     def zero_state(self, batch: int) -> State:
         """The state before anything was said."""
-        sizes = ((2, MEL_CHANNELS), (2, self.width), (1,), (tables.FIR_SAMPLES,))
+        sizes = ((PAST_FRAMES, MEL_CHANNELS), (2, self.width), (1,), (tables.FIR_SAMPLES,))
         return State(*(torch.zeros(batch, *size) for size in sizes))
 
     def forward(self, mel: Tensor, noise: Tensor, state: State, pitch_hz: Tensor | None = None) -> tuple[Tensor, State]:
@@ -88,7 +93,7 @@ class Vocoder(nn.Module):
 
         The gains begin with those of the frame before.
         """
-        height = torch.cat([state.mel, mel.clamp(SILENCE, tables.MEL_TOP) - SILENCE], 1)
+        height = torch.cat([state.mel, above_silence(mel)], 1)
         new = F.gelu(self.first(torch.cat([height[:, :-2], height[:, 1:-1], height[:, 2:]], 2)))
         hidden = torch.cat([state.hidden, new], 1)
         out = self.out(F.gelu(self.second(torch.cat([hidden[:, :-1], hidden[:, 1:]], 2))))
