@@ -81,7 +81,9 @@ class Runtime:
 
 class ICudaEngine:
     def __init__(self, graph: bytes, logger: ILogger) -> None:
-        self._session = _open_session(graph)  # as OnnxRuntimeEngine's, so that every bit can be equal
+        import onnxruntime  # here, and first: no module of ours may ask for it where TensorRT runs
+
+        self._session: onnxruntime.InferenceSession = _open_session(graph)  # as OnnxRuntimeEngine's, so that every bit can be equal
         inputs = [(value, TensorIOMode.INPUT) for value in self._session.get_inputs()]
         outputs = [(value, TensorIOMode.OUTPUT) for value in self._session.get_outputs()]
         self._io = {value.name: (value, mode) for value, mode in (*inputs, *outputs)}
