@@ -17,7 +17,7 @@ from ticks import SMALL
 
 from device import cli as device_cli
 from device.bundle import GRAPH_NAME, MANIFEST_NAME, Bundle, Unproven, require_proof
-from device.engine import OnnxRuntimeEngine
+from device.engine import OnnxRuntimeEngine, onnx_runtime
 from export import cli
 from export.quantize import PRECISIONS
 from export.quantize.compare import Difference, ProbeEngine, mel_distortion
@@ -199,6 +199,26 @@ def test_the_largest_int8_products_do_not_overflow(scales: dict[str, float]) -> 
     engine.inputs["noise"][...] = 9.0  # far beyond the range: 127 everywhere
     engine.run()
     np.testing.assert_allclose(engine.probes[layer.nodes[0]], size * 1.27, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "saturate"),
+    [
+        ("x86_64", "fma avx2", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512_vnni", False),
+        ("x86_64", None, True),
+        ("aarch64", "", False),
+    ],
+)
+def test_integers_are_kept_where_they_do_not_overflow(
+    machine: str, flags: str | None, saturate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(onnx_runtime, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(onnx_runtime.platform, "machine", lambda: machine)
+    assert onnx_runtime.integers_saturate() is saturate
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,6 +11,7 @@ from device.config import ModelConfig
 from device.engine.interface import HostMemory, Memory, allocate
 from device.tensors import TensorMismatch, tensor_table
 
+CPU_INFO = Path("/proc/cpuinfo")
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}  # ONNX Runtime's names
 
 
@@ -56,19 +57,25 @@ def open_session(graph: str | bytes, threads: int = 1) -> Any:
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     # Where only the weights have few bits, activations must not be rounded behind our back.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    if _integers_saturate():
+    if integers_saturate():
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # the same products of the same rounded values, in float32
     # A MatMul and its bias fused into a Gemm would keep a quantized product from running on integers: 16.9 ms a tick, not 4.4.
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"])
 
 
-def _integers_saturate() -> bool:
+def integers_saturate() -> bool:
     """Whether int8 products are added up in pairs of 16 bits, which overflow: on x86-64 without VNNI.
 
     Source: onnxruntime.ai, Quantize ONNX models, "When and why do I need to try U8U8?". Its own remedy, the option
     session.x64quantprecision, refuses weights that serve several products, as the flow head's do (ONNX Runtime 1.32).
+    Where the processor cannot be asked, it is taken to have none.
     """
-    return platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    if platform.machine() != "x86_64":
+        return False
+    try:
+        return "vnni" not in CPU_INFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return True
 
 
 def _signatures(values: list[Any]) -> dict[str, Signature]:
