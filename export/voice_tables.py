@@ -11,7 +11,7 @@ from device.dmel import hz_to_mel, mel_to_hz
 RATE_HZ = 16000
 HOP_SAMPLES = 200  # one mel frame, 12.5 ms
 MEL_CHANNELS = 80
-PAST_FRAMES = 2  # mel frames of the tick before that the next one goes on from
+PAST_FRAMES = 2  # mel frames of the tick before in the vocoder's state: what its first layer and the flow head go on from
 BANDS = 64  # gains of each filter, evenly spaced on the mel scale from 0 to 8000 Hz
 FILTER_REACH, DISPERSION_REACH = 124, 32
 REACH_SAMPLES = FILTER_REACH + DISPERSION_REACH  # ±156 samples: 200 + 2*156 = 512, one DFT without wrap-around

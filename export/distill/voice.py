@@ -86,7 +86,7 @@ class Vocoder(nn.Module):
         faded_out, faded_in = (source @ self.analysis).chunk(2, -1)
         spectrum = (faded_out * gains[:, :, :-1] + faded_in * gains[:, :, 1:]).sum(1)
         speech, tail = overlap_add(spectrum @ self.synthesis, state.tail)
-        return speech, State(height[:, -2:], hidden[:, -2:], phase, tail)
+        return speech, State(height[:, -PAST_FRAMES:], hidden[:, -2:], phase, tail)
 
     def filters(self, mel: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(height [B, 2+F, 80] above silence, hidden [B, 2+F, W], pitch logit [B, F], gains [B, 1+F, 64] of pulses and of noise).
