@@ -133,8 +133,9 @@ def test_every_word_that_it_is_told_is_understood(told: Spoken, tmp_path: Path) 
     assert len(wrong) <= 0.05 * len(said), wrong
 
 
-def test_every_word_of_the_vocabulary_is_understood(repository: Path, tmp_path: Path) -> None:
-    """Put into its mouth, twice: commands to it are words that it is never told to say."""
+@pytest.mark.parametrize("orders", [0, pytest.param(6, marks=pytest.mark.xfail(reason="ten of 160 are taken for others (model card)"))])
+def test_every_word_of_the_vocabulary_is_understood(orders: int, repository: Path, tmp_path: Path) -> None:
+    """Put into its mouth, twice and then in so many other orders: commands to it are words that it is never told to say."""
     pytest.importorskip("torch", reason="only the model as it was trained can be made to say what it did not choose (extra 'distill')")
     import torch
 
@@ -147,7 +148,8 @@ def test_every_word_of_the_vocabulary_is_understood(repository: Path, tmp_path: 
     model = TickModel(read_config(checkpoint)).eval()
     load_weights(model, checkpoint / WEIGHTS_NAME)
     period, decide = 12, model.decide  # ticks
-    said = [(i * period * 0.2, word) for i, word in enumerate(2 * WORDS[1:])]
+    others = [str(word) for seed in range(orders) for word in np.random.default_rng(seed).permutation(WORDS[1:])]
+    said = [(i * period * 0.2, word) for i, word in enumerate([*2 * WORDS[1:], *others])]
     ticks = itertools.count()
 
     def chosen(top: torch.Tensor) -> dict[str, torch.Tensor]:
