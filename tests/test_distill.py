@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from ticks import SMALL, make_model, make_scene
 
@@ -302,10 +303,26 @@ def test_products_are_in_bf16_where_that_is_faster(device: str, amx: bool, mixed
     assert asked == [(device, torch.bfloat16, mixed)]
 
 
+@pytest.mark.parametrize("ticks", [3, 9, 16, 17, 40])
+def test_attention_in_chunks_or_in_one_piece_sees_the_window(ticks: int) -> None:
+    torch.manual_seed(0)
+    window, (q, k, v) = 8, torch.randn(3, 1, ticks, 4, 2, 16)
+    tick = (torch.arange(ticks) + 3 * (torch.arange(ticks) > ticks // 2))[None]  # a jump in the numbers
+    valid = (torch.rand(1, ticks) > 0.3).long()
+    together = attend_windowed(q, k, v, tick, valid, window)
+    for t in range(ticks):
+        lag = tick[0, t] - tick[0]
+        seen = (lag == 0) | ((lag > 0) & (lag <= window) & (valid[0] > 0))
+        keys, values = (x[0, seen].flatten(0, 1).transpose(0, 1) for x in (k, v))
+        alone = F.scaled_dot_product_attention(q[0, t].transpose(0, 1), keys, values)
+        torch.testing.assert_close(together[0, t], alone.transpose(0, 1))
+
+
 GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
 import torch
+import torch.nn.functional as F
 from export.distill.model import attend_windowed
 
 ticks, window = 24, 8

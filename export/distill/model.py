@@ -226,11 +226,12 @@ def attend_windowed(q: Tensor, k: Tensor, v: Tensor, tick: Tensor, valid: Tensor
     """Attention of every tick to itself and the `window` tick numbers before its own.
 
     q [B, T, nq, H, d]; k, v [B, T, nk, H, d]; tick i64[B, T], rising; valid i64[B, T] (0: a lost tick, seen by nobody
-    later). Works in chunks of `window` ticks that see their own and the previous chunk; returns [B, T, nq, H, d].
+    later). Works in chunks of `window` ticks that see their own and the previous chunk, or, where that is no more, in a single one;
+    returns [B, T, nq, H, d].
     """
     b, ticks, nq, heads, dim = q.shape
     nk = k.shape[2]
-    chunk = min(window, ticks)
+    chunk = window if ticks > 2 * window else ticks
     chunks = -(-ticks // chunk)
     past = chunk if chunks > 1 else 0
     short = chunks * chunk - ticks
