@@ -322,7 +322,6 @@ GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
 import torch
-import torch.nn.functional as F
 from export.distill.model import attend_windowed
 
 ticks, window = 24, 8
