@@ -66,8 +66,9 @@ def recipe_path(tmp_path: Path) -> Path:
         ({"speed": 1}, "speed"),
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
-        ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
-        ({"stages": [{"learns": "voice", "steps": 1, "batch": 1, "muon_lr": 0.0, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
+        ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": "all"}]}, "stages.keeps"),
+        ({"stages": [{"learns": "voice", "steps": 1, "batch": 1, "muon_lr": 0.0, "adam_lr": 0.1, "keeps": "present"}]}, "stages.keeps"),
+        ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "chatter": 1.5}]}, "stages.chatter"),
         ({"teachers": [{"after": 3, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
         ({"teachers": 2 * [{"after": 1, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
@@ -211,12 +212,47 @@ SCENES_STAGE = Stage("scenes", steps=2, batch=2, muon_lr=0.01, adam_lr=0.001)
 
 def test_a_stage_that_keeps_what_perceives_changes_only_what_is_above(trained: Trained) -> None:
     before = trained("work", WORDS_STAGE)
-    after = trained("work", WORDS_STAGE, dataclasses.replace(SCENES_STAGE, keeps=True))
+    after = trained("work", WORDS_STAGE, dataclasses.replace(SCENES_STAGE, keeps="perceiving"))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     last = f"perceive.{SMALL.trunk.perceive_layers - 1}."
     perceiving = {name for name in before if name.startswith(("audio.", "video.", "text.", "perceive.")) and not name.startswith(last)}
     assert not changed & perceiving
     assert {"say.weight", "act.weight", f"{last}qkv.weight", "present.0.qkv.weight", "flow.leave.weight"} <= changed
+
+
+PRACTICE_STAGE = dataclasses.replace(WORDS_STAGE, keeps="present")
+
+
+def test_a_stage_that_keeps_what_is_present_changes_only_what_perceives(trained: Trained) -> None:
+    before, after = trained("alone", WORDS_STAGE), trained("both", WORDS_STAGE, PRACTICE_STAGE)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"audio", "video", "perceive"}
+    assert {f"perceive.{layer}.qkv.weight" for layer in range(SMALL.trunk.perceive_layers)} <= changed
+
+
+def test_a_stage_that_keeps_what_is_present_is_held_to_where_it_began(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "LOG_EVERY", 1)
+    trained("work", WORDS_STAGE, PRACTICE_STAGE)
+    work = tmp_path / "work"
+    weights = torch.load(work / "resume.pt")["modules"]
+    elsewhere = {name: value + 0.1 if name.startswith("model.perceive.") else value for name, value in weights.items()}
+    torch.save({"stage": 1, "modules": elsewhere}, work / "resume.pt")  # as if stopped on its way
+    trained("work", WORDS_STAGE, PRACTICE_STAGE)
+    first, _, again, _ = (float(row["drift"]) for row in _progress(work) if row["drift"])
+    assert first < 0.01, "what it begins with; where nothing is heard in training, it moves a little"
+    assert again > 0.1, "from where it goes on it would be as little"
+
+
+def test_practice_comes_with_one_scene_and_what_keeps_perception_without_practice(recipe_path: Path, corpus: Corpus) -> None:
+    recipe = Recipe.read(recipe_path)
+    kept, practised = (
+        next(iter(Batches(corpus, recipe, stage, [1]))) for stage in (dataclasses.replace(SCENES_STAGE, keeps="perceiving"), PRACTICE_STAGE)
+    )
+    assert "practice" not in kept
+    assert len(practised["practice"]["word"]) == WORDS_STAGE.batch
+    assert practised["say_target"].shape == (1, recipe.ticks)
 
 
 def test_a_stage_of_the_voice_changes_only_how_words_are_said(trained: Trained) -> None:
@@ -294,9 +330,19 @@ def test_a_step_that_would_ruin_the_weights_is_not_taken(trained: Trained, tmp_p
     assert (tmp_path / "work" / "resume.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(("device", "amx", "mixed"), [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)])
-def test_products_are_in_bf16_where_that_is_faster(device: str, amx: bool, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+@pytest.mark.parametrize(
+    ("device", "able", "mixed"),
+    [
+        ("cpu", {"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+        ("cpu", {"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+        ("cpu", {"cpu_name": "AMD EPYC", "amx_bf16": False, "avx512_bf16": True}, True),
+        ("cpu", {"cpu_name": "AMD EPYC", "amx_bf16": False, "avx512_bf16": False}, False),
+        ("cpu", {}, False),
+        ("cuda", {}, True),
+    ],
+)
+def test_products_are_in_bf16_where_that_is_faster(device: str, able: dict[str, Any], mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(torch, "autocast", lambda *arguments, enabled: asked.append((*arguments, enabled)))
     mixed_precision(device)

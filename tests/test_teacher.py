@@ -138,7 +138,7 @@ def test_the_checkpoint_of_a_training_that_goes_on_has_the_voice_of_its_start(
 def test_a_recipe_with_teachers_trains_them_on_the_way_and_its_student_by_them(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenes = dataclasses.replace(STAGES[1], keeps=True)
+    scenes = dataclasses.replace(STAGES[1], keeps="perceiving")
     layers = CONFIG.trunk.present_layers
     teachers = TeacherRecipe(1, layers + 1, 7, (scenes,)), TeacherRecipe(2, layers, 7, ())  # a deeper one, then the student of before
     recipe = dataclasses.replace(RECIPE, stages=(PERCEPTION, scenes, scenes), teachers=teachers, act_margin=1.5)

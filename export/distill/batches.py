@@ -21,7 +21,7 @@ from export.distill.scenes import Scene, chatter, hand_frames, make_scene, repla
 from export.distill.shards import endless_scenes
 from export.spoken_words import render_words
 
-Batch = dict[str, Any]  # tensors by name; "practice" is a batch of the perception stage
+Batch = dict[str, Any]  # tensors by name; "practice" is a batch of words and hands alone
 
 
 class Batches(IterableDataset[Batch]):
@@ -55,7 +55,7 @@ class Batches(IterableDataset[Batch]):
             _give_memory_back()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rng = np.random.default_rng([*self.seed, number])
-        if self.stage.learns == "perception":
+        if self.stage.learns == "perception" and self.stage.keeps is None:
             while True:
                 yield self._perception(rng, self.stage.batch)
         elif self.shards is None:
@@ -65,8 +65,20 @@ class Batches(IterableDataset[Batch]):
             first, processes = self.part
             scenes = endless_scenes(self.shards, self.recipe.model, rng, first * workers + number, processes * workers)
             while True:
-                read = [next(scenes) for _ in range(self.stage.batch)]
+                read = [next(scenes) for _ in range(self._count)]
                 yield self._with_practice(scene_batch(read, self.recipe.model), rng)
+
+    @property
+    def _count(self) -> int:
+        """Scenes in a batch."""
+        return 1 if self.stage.learns == "perception" else self.stage.batch
+
+    @property
+    def _practice(self) -> int:
+        """Windows with words, and as many hands, that come along with them."""
+        if self.stage.learns == "perception":
+            return self.stage.batch
+        return 0 if self.stage.keeps or self.stage.learns == "voice" else self.recipe.practice
 
     def _perception(self, rng: np.random.Generator, n: int) -> Batch:
         c = self.recipe.model
@@ -84,13 +96,12 @@ class Batches(IterableDataset[Batch]):
         )
 
     def _with_practice(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        practice = 0 if self.stage.keeps or self.stage.learns == "voice" else self.recipe.practice
-        return batch | {"practice": self._perception(rng, practice)} if practice else batch
+        return batch | {"practice": self._perception(rng, self._practice)} if self._practice else batch
 
     def _scenes(self, rng: np.random.Generator) -> Batch:
         c = self.recipe.model
         assert self.corpus is not None
-        made = [make_scene(self.corpus, self.words, rng, c, self.stage.ticks or self.recipe.ticks) for _ in range(self.stage.batch)]
+        made = [make_scene(self.corpus, self.words, rng, c, self.stage.ticks or self.recipe.ticks) for _ in range(self._count)]
         return scene_batch([self._played(scene, rng).arrays for scene in made], c)
 
     def _played(self, scene: Scene, rng: np.random.Generator) -> Scene:

@@ -21,6 +21,7 @@ SILENT_WEIGHT = 0.1  # of a silent token in the flow loss
 OWN_PAST = 0.5  # of the ticks in which the flow head goes on from mel of its own, as in life; in the rest from the true one
 DRAWS = 8  # of noise and Euler step in a stage of the voice, from the same top states
 SMOOTHING = 0.05  # of the labels of words and hands alone
+HOLD = 3.0  # weight of what the summary tokens of scenes moved, by their own size
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
 
@@ -75,6 +76,21 @@ def perception_loss(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]
         soft = [_towards(words, batch["soft_word"], every), F.cross_entropy(hands, batch["soft_hand"])]
         losses = [torch.lerp(own, teacher, SOFT) for own, teacher in zip(losses, soft, strict=True)]
     return {"loss": losses[0] + losses[1], "word": _accuracy(words, batch["word"]), "hand": _accuracy(hands, batch["hand"])}
+
+
+def practice_loss(model: TickModel, heads: Auxiliary, before: TickModel, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Losses of words and hands in batch["practice"], and how far what is above would have to read anew in the scenes of `batch`.
+
+    That is held to what `before` perceives (less-forgetting learning, Jung et al. 2016, arXiv 1607.00122): "drift" is the squared distance
+    of the summary tokens that leave the perceiving layers from its own, by their size.
+    """
+    perception = perception_loss(model, heads, batch["practice"])
+    with torch.no_grad():
+        old, _ = before.perceive_scene(before.embed(batch), batch)
+    new, _ = model.perceive_scene(model.embed(batch), batch)
+    heard = batch["valid"].float()[..., None, None]
+    drift = ((new - old).float().square() * heard).sum() / (old.float().square() * heard).sum()
+    return perception | {"loss": perception["loss"] + HOLD * drift, "drift": drift}
 
 
 class SpeechTarget(nn.Module):

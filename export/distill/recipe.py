@@ -20,7 +20,9 @@ class RecipeError(ExportError):
 class Stage:
     """One stage: `batch` scenes (or windows with words, and as many hands) a step, Muon's and AdamW's learning rates.
 
-    They fall linearly at the end. A stage of the voice has nothing for Muon.
+    They fall linearly at the end. A stage of the voice has nothing for Muon. One of scenes that keeps "perceiving" leaves the embeddings
+    and all perceiving layers but the last as they are. One of perception that keeps "present" leaves all else as it is, and what that
+    gets to read in scenes nearly so: a scene with every step holds it to what it was.
     """
 
     learns: Literal["perception", "scenes", "voice"]  # words and hands alone, all of it, or the flow head alone: how every word is said
@@ -30,15 +32,16 @@ class Stage:
     adam_lr: float
     decay: float = 0.6  # fraction of the steps over which the rates fall to zero
     ticks: int | None = None  # length of a scene, where it is not the recipe's
-    keeps: bool = False  # what perceives (the embeddings, all perceiving layers but the last) stays as it is
+    keeps: Literal["perceiving", "present"] | None = None  # above
     chatter: float = 0.0  # share of the scenes (not of those in shards) in which the companion says any word at any time
     joins: int | None = None  # ends in the mean with the weights after this stage, the first being 1 (model soups, arXiv 2203.05482)
 
     def __post_init__(self) -> None:
         if self.learns not in ("perception", "scenes", "voice"):
             raise RecipeError(f"the field stages.learns must be 'perception', 'scenes' or 'voice', not {self.learns!r}")
-        if self.keeps and self.learns != "scenes":
-            raise RecipeError(f"the field stages.keeps is for scenes, not for a stage of {self.learns}; leave it out there")
+        if (self.learns, self.keeps) not in ((self.learns, None), ("scenes", "perceiving"), ("perception", "present")):
+            reason = "must be 'perceiving' in a stage of scenes, or 'present' in one of perception"
+            raise RecipeError(f"the field stages.keeps {reason}, not {self.keeps!r} in one of {self.learns}; or leave it out")
         if not 0 <= self.chatter <= 1 or (self.chatter and self.learns == "perception"):
             raise RecipeError(f"the field stages.chatter is a share, 0 to 1, of a stage's scenes, not {self.chatter} of {self.learns}")
 

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from export.distill.batches import Batch, Batches
 from export.distill.corpus import load_corpus
-from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, scene_loss, voice_loss
+from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, practice_loss, scene_loss, voice_loss
 from export.distill.model import TickModel, mixed_precision
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.teacher import HEADS_NAME, Teacher, grow, load_weights
@@ -149,12 +149,14 @@ class Trainer:
             grow(self.model, source.start)
             load_weights(self.heads, source.start / HEADS_NAME)
         self.teacher = Teacher.read(teacher, recipe.model).to(processes.device, compiled) if teacher is not None else None
+        self.before = self.model  # in a stage that keeps what is present: the weights before it
         self.actor = copy.deepcopy(self.model).eval()
         self.actor.share_memory()  # with the workers, which play scenes again with the weights of the moment
         self.modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(processes.device)
         target = SpeechTarget(recipe.model).to(processes.device)
         self.losses: dict[str, Loss] = {
             "perception": lambda batch: perception_loss(self.model, self.heads, batch),
+            "practice": lambda batch: practice_loss(self.model, self.heads, self.before, batch),
             "scenes": lambda batch: scene_loss(self.model, self.heads, target, batch),
             "voice": lambda batch: voice_loss(self.model, target, batch),
         }
@@ -167,12 +169,16 @@ class Trainer:
             saved = torch.load(self.resume_path, map_location=self.processes.device)
         if "modules" in saved:
             self.modules.load_state_dict(saved["modules"])
-        for stage in self.recipe.stages[saved["stage"] :]:
-            if stage.joins is not None and stage.joins <= saved["stage"] and not self._kept(stage.joins).is_file():
-                reason = f"a stage joins stage {stage.joins}, whose weights were not kept when it ended, with another recipe"
-                raise RecipeError(
-                    f"{self._kept(stage.joins)}: {reason}; train in a new folder (--work), or leave the field stages.joins out"
-                )
+        if saved == {"stage": 0}:
+            self._keep(0)
+        for number in range(saved["stage"], len(self.recipe.stages)):
+            for earlier in self._asked(number):
+                if earlier <= saved["stage"] and not self._kept(earlier).is_file():
+                    reason = (
+                        f"stage {number + 1} goes back to stage {earlier}, whose weights were not kept when it ended, with another recipe"
+                    )
+                    remedy = "train in a new folder (--work), or leave its fields stages.joins and stages.keeps out"
+                    raise RecipeError(f"{self._kept(earlier)}: {reason}; {remedy}")
         self.processes.wait()  # until all have read it
         for number in range(saved["stage"], until):
             self._choose(self.recipe.stages[number])
@@ -186,29 +192,50 @@ class Trainer:
 
     def _choose(self, stage: Stage) -> None:
         """What learns in a stage."""
+        m = self.model
+        if stage.keeps == "present":
+            m.requires_grad_(False)
+            nn.ModuleList([m.audio, m.video, *m.perceive, self.heads]).requires_grad_()
+            return
         self.modules.requires_grad_(stage.learns != "voice")
-        if stage.keeps:
-            nn.ModuleList([self.model.audio, self.model.video, self.model.text, *self.model.perceive[:-1]]).requires_grad_(False)
-        self.model.flow.requires_grad_()
+        if stage.keeps == "perceiving":
+            nn.ModuleList([m.audio, m.video, m.text, *m.perceive[:-1]]).requires_grad_(False)
+        m.flow.requires_grad_()
 
     def _join(self, number: int) -> None:
-        """After stage `number`, the first being 1: the mean with an earlier one's weights, and its own kept where a later one joins it."""
+        """After stage `number`, the first being 1: the mean with an earlier one's weights."""
         joins = self.recipe.stages[number - 1].joins
         if joins is not None:
-            earlier = torch.load(self._kept(joins), map_location=self.processes.device)
+            earlier = self._after(joins)
             self.modules.load_state_dict({name: torch.lerp(value, earlier[name], 0.5) for name, value in self.modules.state_dict().items()})
-        if self.processes.first and any(stage.joins == number for stage in self.recipe.stages):
+        self._keep(number)
+
+    def _asked(self, number: int) -> set[int]:
+        """After which stages the weights were that stage `number`, the first being 0, goes back to; 0 are those that were begun with."""
+        stage = self.recipe.stages[number]
+        return {number} if stage.keeps == "present" else set() if stage.joins is None else {stage.joins}
+
+    def _keep(self, number: int) -> None:
+        """Keep the weights after stage `number` where they are asked for later."""
+        if self.processes.first and any(number in self._asked(later) for later in range(number, len(self.recipe.stages))):
             torch.save(self.modules.state_dict(), self._kept(number))
         self.processes.wait()
 
     def _kept(self, number: int) -> Path:
         return self.resume_path.with_name(f"stage-{number}.pt")
 
+    def _after(self, number: int) -> dict[str, Tensor]:
+        return cast("dict[str, Tensor]", torch.load(self._kept(number), map_location=self.processes.device))
+
     def _run_stage(self, number: int, optimizer: Optimizer) -> None:
         stage = optimizer.stage
         if stage.steps == 0:
             return
-        name, device, cpu = stage.learns, self.processes.device, self.processes.device.type == "cpu"
+        name: str = "practice" if stage.keeps == "present" else stage.learns
+        if name == "practice":
+            self.before = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.before.load_state_dict({key[6:]: value for key, value in self._after(number).items() if key.startswith("model.")})
+        device, cpu = self.processes.device, self.processes.device.type == "cpu"
         seed = (self.recipe.seed * 100 + number) * 100_000 + optimizer.step  # a resumed run goes on with fresh scenes
         torch.manual_seed(seed + self.processes.rank)
         part = self.processes.rank, self.processes.size
@@ -226,7 +253,7 @@ class Trainer:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
             batch = _moved(next(batches), device)
-            if self.teacher is not None and name != "voice":  # which it has no opinion of
+            if self.teacher is not None and name in ("perception", "scenes"):
                 batch = self.teacher.teaches(batch)
             with mixed_precision(device.type):
                 values = loss(batch)
@@ -242,7 +269,8 @@ class Trainer:
             now, step = time.monotonic(), optimizer.step
             if step % LOG_EVERY == 0:
                 left_s = (now - started) / (step - first) * (stage.steps - step)
-                row = {"stage": name, "step": step, "minutes": round((now - started) / 60, 2), "left_minutes": round(left_s / 60, 1)}
+                row: dict[str, Any] = {"stage": stage.learns, "step": step}
+                row |= {"minutes": round((now - started) / 60, 2), "left_minutes": round(left_s / 60, 1)}
                 row |= {key: round(sums[key] / (step - logged), 4) for key in values}  # fewer than LOG_EVERY after a resumption
                 if held_out and step % (4 * LOG_EVERY) == 0:
                     row |= {f"dev_{key}": round(value, 4) for key, value in self._evaluate(name, optimizer, held_out).items()}
@@ -300,7 +328,7 @@ def train(
 class _Log:
     """A CSV with one row per report; the same goes to the terminal."""
 
-    LOSSES = ("loss", "say", "act", "flow", "word", "hand", "say_hit", "act_hit", "false")
+    LOSSES = ("loss", "say", "act", "flow", "word", "hand", "say_hit", "act_hit", "false", "drift")
 
     def __init__(self, path: Path) -> None:
         self.path = path
