@@ -108,7 +108,7 @@ class Batches(IterableDataset[Batch]):
         """The scene, or sometimes the same with another companion in it."""
         if rng.random() < self.stage.chatter:
             return chatter(scene, self.recipe.model, rng)
-        if self.actor is not None and rng.random() < self.recipe.replays:
+        if self.actor is not None and self.stage.learns != "perception" and rng.random() < self.recipe.replays:
             return self._replayed(scene, rng)
         return scene
 

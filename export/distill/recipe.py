@@ -39,7 +39,7 @@ class Stage:
     def __post_init__(self) -> None:
         if self.learns not in ("perception", "scenes", "voice"):
             raise RecipeError(f"the field stages.learns must be 'perception', 'scenes' or 'voice', not {self.learns!r}")
-        if (self.learns, self.keeps) not in ((self.learns, None), ("scenes", "perceiving"), ("perception", "present")):
+        if self.keeps is not None and (self.learns, self.keeps) not in (("scenes", "perceiving"), ("perception", "present")):
             reason = "must be 'perceiving' in a stage of scenes, or 'present' in one of perception"
             raise RecipeError(f"the field stages.keeps {reason}, not {self.keeps!r} in one of {self.learns}; or leave it out")
         if not 0 <= self.chatter <= 1 or (self.chatter and self.learns == "perception"):

@@ -234,7 +234,9 @@ class Trainer:
         name: str = "practice" if stage.keeps == "present" else stage.learns
         if name == "practice":
             self.before = copy.deepcopy(self.model).eval().requires_grad_(False)
-            self.before.load_state_dict({key[6:]: value for key, value in self._after(number).items() if key.startswith("model.")})
+            self.before.load_state_dict(
+                {key.removeprefix("model."): value for key, value in self._after(number).items() if key.startswith("model.")}
+            )
         device, cpu = self.processes.device, self.processes.device.type == "cpu"
         seed = (self.recipe.seed * 100 + number) * 100_000 + optimizer.step  # a resumed run goes on with fresh scenes
         torch.manual_seed(seed + self.processes.rank)
@@ -253,7 +255,7 @@ class Trainer:
             if optimizer.step % LOG_EVERY == 0:
                 self.actor.load_state_dict(self.model.state_dict())
             batch = _moved(next(batches), device)
-            if self.teacher is not None and name in ("perception", "scenes"):
+            if self.teacher is not None and name in ("perception", "scenes"):  # of the rest it has no opinion
                 batch = self.teacher.teaches(batch)
             with mixed_precision(device.type):
                 values = loss(batch)
