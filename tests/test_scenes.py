@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def test_same_seed_same_scene(corpus: Corpus, voice_words: dict[str, np.ndarray]
     assert not np.array_equal(one.mic, other.mic)
 
 
-def test_all_behaviours_are_asked_for(scenes: list[Scene]) -> None:
-    asked = {trial.behaviour for scene in scenes for trial in scene.trials}
+def test_all_behaviours_are_asked_for(scenes: list[Scene], corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
+    more = [make_scene(corpus, voice_words, np.random.default_rng(seed), CONFIG, TICKS) for seed in range(len(scenes), 60)]
+    asked = {trial.behaviour for scene in (*scenes, *more) for trial in scene.trials}
     assert asked >= set(BEHAVIOURS) - {"cancel"}  # which takes a timer that is stopped
 
 
@@ -199,6 +201,22 @@ def test_lessons_contradict_what_was_said_of_a_hand(corpus: Corpus) -> None:
                     counts.update(word.name for word in soon)
     assert said[mixture]["go"] > 5 * said[mixture]["no"]
     assert 2 * said[lesson]["no"] > said[lesson]["go"]
+
+
+def test_lessons_have_people_who_talk_to_each_other(corpus: Corpus) -> None:
+    """In the mixture somebody who says more than a few words addresses the companion sooner or later."""
+    longest: dict[Stage, list[int]] = {mixture: [], lesson: []}
+    for stage, found in longest.items():
+        for seed in range(80):
+            script = Script(corpus, np.random.default_rng(seed), CONFIG, ticks=336)
+            stage(script)
+            for_it = [word.onset_s for word in script.words if word.command]
+            for_it += [showing.full_s for showing in script.showings if showing.digit is not None]
+            for_it += [delivery.at_s for delivery in script.deliveries]
+            edges = sorted([0.0, *for_it, script.length_s])
+            talk = [sum(since_s < word.onset_s < until_s for word in script.words) for since_s, until_s in itertools.pairwise(edges)]
+            found.append(max(talk))
+    assert sum(words > 20 for words in longest[lesson]) > 5 > sum(words > 20 for words in longest[mixture])
 
 
 def test_a_replay_with_its_own_choices_is_the_same_scene(scenes: list[Scene]) -> None:

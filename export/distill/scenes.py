@@ -22,7 +22,7 @@ class Chance:
     """The probabilities that shape what happens to the companion; `script`, `sounds` and `pictures` have tables of their own."""
 
     lost_ticks, stray_text, told, session_start, jump = 0.04, 0.10, 0.7, 0.3, 0.5
-    remembering, contradicted = 0.25, 0.25  # a share of all scenes, a share of the rest
+    remembering, contradicted, overheard = 0.25, 0.25, 0.3  # a share of all scenes, a share of the rest, a share of what is left then
     # the companion's own mistakes in the scene's past
     late, wrong_digit, spurious = 0.12, 0.06, 0.3
     # words alone: a word is a command, a window one in which the companion speaks
@@ -93,7 +93,7 @@ def mixture(script: Script, since_s: float = 0.0) -> None:
 def lesson(script: Script) -> None:
     """The mixture; sometimes a good part of the scene, or of what the memory holds, lies between a hand and `last`.
 
-    Sometimes it begins with people who contradict what is said of their hands.
+    Sometimes it begins with people who contradict what is said of their hands, or with people who talk to each other.
     """
     since_s = 0.0
     if script.rng.random() < Chance.remembering:
@@ -101,7 +101,25 @@ def lesson(script: Script) -> None:
         since_s = Recall.remember(script, min(script.length_s, memory_s) * script.rng.uniform(0.4, 0.95))
     elif script.rng.random() < Chance.contradicted:
         since_s = Answer.contradict(script, script.length_s * script.rng.uniform(0.3, 0.7))
+    elif script.rng.random() < Chance.overheard:
+        since_s = bystanders(script, script.length_s * script.rng.uniform(0.4, 1.0))
     mixture(script, since_s)
+
+
+def bystanders(script: Script, until_s: float | None = None) -> float:
+    """Rooms with other people talking, things that are no hands, and nothing that calls for more than a nod; returns when it is over."""
+    rng, until_s = script.rng, script.length_s if until_s is None else until_s
+    at_s = float(rng.uniform(0.2, 1.5))
+    while at_s < until_s - 1.0:
+        kind = rng.random()
+        if kind < 0.4:
+            at_s = script.talk(at_s, rng.uniform(0.5, 6.0))
+        elif kind < 0.8:
+            at_s = script.say_other(at_s)
+        if kind > 0.7:
+            script.show(None, at_s, rng.uniform(0.8, 3.0))
+        at_s += rng.uniform(0.2, 2.5)
+    return at_s
 
 
 def only(name: str) -> Stage:

@@ -21,7 +21,7 @@ from device.engine import OnnxRuntimeEngine
 from export.distill.behaviours import BEHAVIOURS, DIGITS, Free, Recall, Timer
 from export.distill.clips import Split
 from export.distill.corpus import Corpus, load_corpus
-from export.distill.scenes import Scene, Stage, make_scene, mixture, only
+from export.distill.scenes import Scene, Stage, bystanders, make_scene, mixture, only
 from export.distill.script import Script
 from export.errors import ExportError
 from export.scoreboard.play import System
@@ -100,20 +100,6 @@ def stage(group: str) -> Stage:
     if group.startswith(RECALL):
         return partial(Recall.remember, age_s=float(group.removeprefix(RECALL)))
     return mixture if group == "mixture" else only(group)
-
-
-def bystanders(script: Script) -> None:
-    """Rooms with other people talking, things that are no hands, and nothing that calls for more than a nod."""
-    rng, at_s = script.rng, float(script.rng.uniform(0.2, 1.5))
-    while at_s < script.length_s - 1.0:
-        kind = rng.random()
-        if kind < 0.4:
-            at_s = script.talk(at_s, rng.uniform(0.5, 6.0))
-        elif kind < 0.8:
-            at_s = script.say_other(at_s)
-        if kind > 0.7:
-            script.show(None, at_s, rng.uniform(0.8, 3.0))
-        at_s += rng.uniform(0.2, 2.5)
 
 
 def doubts(script: Script) -> None:
