@@ -46,7 +46,7 @@ def test_it_answers_most_of_the_demonstration(answered: tuple[int, int, int]) ->
     assert hits >= 0.8 * wanted and others <= 4, answered
 
 
-@pytest.mark.xfail(reason="15 of 15 cues, but 2 other reactions (model card)")
+@pytest.mark.xfail(reason="14 of 15 cues, and 3 other reactions (model card)")
 def test_it_answers_the_demonstration(answered: tuple[int, int, int]) -> None:
     hits, wanted, others = answered
     assert hits >= wanted - 1 and others <= 1, answered
