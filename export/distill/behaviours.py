@@ -313,7 +313,7 @@ class Timer:
             stopped_s = script.say("stop", stop_s)
             return (stopped_s if stopped_s > stop_s else over_s) + rng.uniform(0.6, 2.0)
         if rng.random() < 0.35:
-            _bystanders(script, end_s + 0.5, over_s - 0.3)
+            _meanwhile(script, end_s + 0.5, over_s - 0.3)
         return over_s + rng.uniform(0.9, 1.5)
 
     def react(self, moment: Moment, conduct: Conduct) -> None:
@@ -350,10 +350,10 @@ class Recite:
             stop_s = end_s + rng.uniform(0.4, 8.0)
             stopped_s = script.say("stop", stop_s)
             if rng.random() < 0.5:
-                _bystanders(script, end_s + 0.4, stop_s - 0.2)
+                _meanwhile(script, end_s + 0.4, stop_s - 0.2)
             return (stopped_s if stopped_s > stop_s else over_s) + rng.uniform(0.6, 2.0)
         if kind < 0.85:
-            _bystanders(script, end_s + 0.4, over_s - 0.3, commands=0.35)
+            _meanwhile(script, end_s + 0.4, over_s - 0.3, commands=0.35)
         return over_s + rng.uniform(0.2, 1.0)
 
     def react(self, moment: Moment, conduct: Conduct) -> None:
@@ -667,7 +667,7 @@ def _free(conduct: Conduct) -> bool:
     return not conduct.quiet and conduct.closings is None and not conduct.engaged
 
 
-def _bystanders(script: Script, since_s: float, until_s: float, commands: float = 0.0) -> None:
+def _meanwhile(script: Script, since_s: float, until_s: float, commands: float = 0.0) -> None:
     """Other people's words while the companion is at something; with probability `commands` one that it should act on."""
     rng = script.rng
     at_s = since_s + rng.exponential(0.8)
