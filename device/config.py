@@ -131,6 +131,10 @@ class ModelConfig:
         """Samples per tick."""
         return self.tick_ms * self.audio.sample_rate_hz // 1000
 
+    def ticks_in(self, seconds: float) -> int:
+        """Ticks that last so long, to the nearest."""
+        return round(1000 * seconds / self.tick_ms)
+
     @property
     def context_samples(self) -> int:
         """Samples before the tick that the first dMel frame reaches back to."""

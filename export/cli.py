@@ -194,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("dev", "test"), default="test", help="dev is for choosing, test for reporting")
     evaluate.add_argument("--scenes", type=int, default=50, help="at least so many that ask for each behaviour (default 50)")
     evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--systems", nargs="+", metavar="NAME", help="default: presence telephone walkie-talkie")
+    evaluate.add_argument(
+        "--systems", nargs="+", metavar="NAME", help="default: presence telephone walkie-talkie; oracle does what is wanted"
+    )
     evaluate.add_argument("--ablations", action="store_true", help="also without video, own voice, clock, text, or one of the two frames")
     evaluate.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="for scoreboard.json, scoreboard.md and three.png")

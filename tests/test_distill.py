@@ -58,6 +58,26 @@ def recipe_path(tmp_path: Path) -> Path:
     return path
 
 
+def test_the_recipes_of_other_ticks_differ_in_nothing_else(repository: Path) -> None:
+    recipes = [Recipe.read(repository / "export" / "recipes" / f"tick-{tick_ms}.json") for tick_ms in (100, 200, 400)]
+
+    def seconds(recipe: Recipe) -> tuple[object, ...]:
+        c, tick_s = recipe.model, recipe.model.tick_ms / 1000
+        windows_s = [ticks * tick_s for ticks in (recipe.ticks, c.trunk.perceive_window, c.trunk.present_window)]
+        return (
+            c.audio,
+            c.trunk.present_layers,
+            recipe.stages,
+            recipe.practice,
+            recipe.seed,
+            windows_s,
+            c.trunk.rope_wavelengths_ticks[1] * tick_s,
+        )
+
+    assert [recipe.model.tick_ms for recipe in recipes] == [100, 200, 400]
+    assert seconds(recipes[0]) == seconds(recipes[1]) == seconds(recipes[2])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

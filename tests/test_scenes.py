@@ -18,7 +18,7 @@ from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
 from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
 from export.distill.corpus import Corpus, CorpusMissing, load_corpus
 from export.distill.pictures import Thing
-from export.distill.scenes import WINDOW_TICKS, Scene, Stage, chatter, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
+from export.distill.scenes import WINDOW_S, Scene, Stage, chatter, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
 from export.distill.script import REACTION_S, Script
 from export.distill.sounds import ABOVE_NOISE, Chance, power
 from export.hands import draw_hand
@@ -100,6 +100,24 @@ def test_acts_answer_words_at_once(scenes: list[Scene]) -> None:
     on_time = 0
     for scene in scenes:
         for moment in scene.world.moments:
+            wanted = [ACT_OF_WORD[word.name] for word in moment.heard if word.name in ACT_OF_WORD]
+            if len(wanted) == 1 and scene.act_weight[moment.tick]:
+                assert ACTS[scene.act_target[moment.tick]] == wanted[0]
+                on_time += 1
+    assert on_time > 20
+
+
+@pytest.mark.parametrize("tick_ms", [100, 400])
+def test_at_another_tick_the_same_is_wanted_at_the_same_time(corpus: Corpus, voice_words: dict[str, np.ndarray], tick_ms: int) -> None:
+    """The tick is a property of the bundle: a reaction is due in the first tick that can know, however long a tick is."""
+    config, tick_s = dataclasses.replace(CONFIG, tick_ms=tick_ms), tick_ms / 1000
+    ticks, on_time = round(TICKS * TICK_S / tick_s), 0
+    for seed in range(12):
+        scene = make_scene(corpus, voice_words, np.random.default_rng(seed), config, ticks, flawless=True, stage=only("act"))
+        assert scene.mic.shape == (config.context_samples + ticks * config.tick_samples,)
+        for moment in scene.world.moments:
+            assert moment.edge_s == pytest.approx((moment.tick + 1) * tick_s)
+            assert all(moment.edge_s - tick_s < word.end_s + REACTION_S <= moment.edge_s + 1e-9 for word in moment.heard)
             wanted = [ACT_OF_WORD[word.name] for word in moment.heard if word.name in ACT_OF_WORD]
             if len(wanted) == 1 and scene.act_weight[moment.tick]:
                 assert ACTS[scene.act_target[moment.tick]] == wanted[0]
@@ -271,13 +289,21 @@ def test_stale_pictures_are_black(scenes: list[Scene]) -> None:
 
 def test_word_windows_hold_people_and_the_companion_itself(corpus: Corpus, voice_words: dict[str, np.ndarray]) -> None:
     mic, voice, label = word_windows(corpus, voice_words, np.random.default_rng(0), 200, CONFIG)
-    assert mic.shape == voice.shape == (200, WINDOW_TICKS * CONFIG.tick_samples + CONFIG.context_samples)
-    assert label.shape == (200, WINDOW_TICKS) and set(np.unique(label)) == set(range(12))
+    assert mic.shape == voice.shape == (200, round(WINDOW_S * RATE_HZ) + CONFIG.context_samples)
+    assert label.shape == (200, round(WINDOW_S * 1000 / CONFIG.tick_ms)) and set(np.unique(label)) == set(range(12))
     assert 0.5 < np.mean(label[label > 0] < 11) < 0.7, "commands and other words"
     assert 1.2 < np.mean((label > 0).sum(1)) < 3, "words come soon after each other"
     speaks = voice.any(1)
     assert 0.3 < speaks.mean() < 0.5 and np.abs(voice).max() < 1
     assert (label[speaks] > 0).mean() > 0.1, "people talk while it speaks"
+
+
+@pytest.mark.parametrize("tick_ms", [100, 400])
+def test_word_windows_are_as_long_at_another_tick(corpus: Corpus, voice_words: dict[str, np.ndarray], tick_ms: int) -> None:
+    config = dataclasses.replace(CONFIG, tick_ms=tick_ms)
+    mic, _, label = word_windows(corpus, voice_words, np.random.default_rng(0), 50, config)
+    assert mic.shape[1] - config.context_samples == round(WINDOW_S * RATE_HZ) and label.shape[1] * tick_ms == round(1000 * WINDOW_S)
+    assert 1 < np.mean((label > 0).sum(1)) < 3
 
 
 def test_a_word_window_labels_the_tick_in_which_its_word_is_over(

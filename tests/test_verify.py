@@ -20,7 +20,7 @@ from export.quantize.closed_loop import GROUPS, Board, Life, Pair, tasks
 from export.quantize.compare import ProbeEngine
 from export.quantize.gates import GATES, Gate, judge
 from export.quantize.verify import _LongRun, _measure, _refusal, corpus_digest
-from export.scoreboard.board import SCENE_TICKS, STOPPED, Task
+from export.scoreboard.board import SCENE_S, STOPPED, Task
 from export.scoreboard.report import BEHAVIOURS
 from export.scoreboard.score import HIT, MISSED, Outcome, Verdict
 
@@ -36,7 +36,7 @@ def _pair(hits: tuple[list[int], list[int]], say: np.ndarray | None = None) -> P
     verdicts = [_verdict("act", half) for half in hits]
     quiet = np.zeros((10, 2), np.int32)
     lives = [Life(verdict, quiet if i == 0 or say is None else say, np.zeros(10, np.int32)) for i, verdict in enumerate(verdicts)]
-    return Pair(Task("nothing", 0, 10), (lives[0], lives[1]), 2.0)
+    return Pair(Task("nothing", 0, 2.0), (lives[0], lives[1]))
 
 
 def test_the_loss_is_in_points_and_its_interval_comes_from_the_same_scenes_for_both() -> None:
@@ -51,7 +51,7 @@ def _asked(task: Task, both: set[str], one: set[str]) -> Pair:
     """A scene in which these behaviours were asked for of both graphs, and of the float one alone."""
     halves = [Verdict([o for name in names for o in _verdict(name, [1]).outcomes], [], 0.0, 0, [], []) for names in (both | one, both)]
     lives = [Life(half, np.zeros((1, 2), np.int32), np.zeros(1, np.int32)) for half in halves]
-    return Pair(task, (lives[0], lives[1]), 2.0)
+    return Pair(task, (lives[0], lives[1]))
 
 
 def test_scenes_are_played_until_each_behaviour_was_asked_of_both_graphs_often_enough() -> None:
@@ -62,11 +62,11 @@ def test_scenes_are_played_until_each_behaviour_was_asked_of_both_graphs_often_e
     assert tasks([_asked(task, every, set()) for task in first], 2) == []
     pairs = [_asked(task, every - {"cancel", "yield", "hold"}, {"cancel"}) for task in first]
     pairs[0] = _asked(first[0], every - {"yield"}, set())
-    assert tasks(pairs, 2) == [Task("recite", number, SCENE_TICKS) for number in (2, 3)] + [Task(STOPPED, 2, SCENE_TICKS)]
+    assert tasks(pairs, 2) == [Task("recite", number, SCENE_S) for number in (2, 3)] + [Task(STOPPED, 2, SCENE_S)]
     assert tasks([pairs[0]] * 9, 2), "the same scene again is no other scene"
-    mute = [_asked(Task(group, number, SCENE_TICKS), every - {"recall"}, set()) for group in GROUPS for number in range(15)]
-    assert tasks(mute, 2) == [Task("recall", number, SCENE_TICKS) for number in (15, 16)]
-    mute.append(_asked(Task("recall", 15, SCENE_TICKS), every - {"recall"}, set()))
+    mute = [_asked(Task(group, number, SCENE_S), every - {"recall"}, set()) for group in GROUPS for number in range(15)]
+    assert tasks(mute, 2) == [Task("recall", number, SCENE_S) for number in (15, 16)]
+    mute.append(_asked(Task("recall", 15, SCENE_S), every - {"recall"}, set()))
     assert tasks(mute, 2) == [], "who never says a digit is never asked for the last: that ends too"
 
 

@@ -33,7 +33,7 @@ class Chance:
 
 SHORTEST_GAP = 10  # ticks left out of a scene in which time passes; behind the longest gap as many of the memory are left
 
-WINDOW_TICKS = 12  # of sound for learning words alone
+WINDOW_S = 2.4  # of sound for learning words alone, in whole ticks
 
 Stage = Callable[[Script], object]  # fills a script; what it returns is not looked at
 
@@ -225,11 +225,12 @@ def word_windows(
 
     As in a scene people say words soon after each other, and while the companion speaks itself.
     """
-    samples = c.context_samples + WINDOW_TICKS * c.tick_samples
+    ticks = c.ticks_in(WINDOW_S)
+    samples = c.context_samples + ticks * c.tick_samples
     mic, voice = np.empty((2, n, samples), np.float32)
-    label = np.zeros((n, WINDOW_TICKS), np.int32)
+    label = np.zeros((n, ticks), np.int32)
     for i in range(n):
-        script = Script(corpus, rng, c, WINDOW_TICKS)
+        script = Script(corpus, rng, c, ticks)
         at_s = rng.uniform(0.05, 0.7)
         while at_s < script.length_s:
             over_s = script.say(str(rng.choice(COMMANDS)), at_s) if rng.random() < Chance.command else script.say_other(at_s)
@@ -237,7 +238,7 @@ def word_windows(
         voice[i] = _speech(voice_words, rng, samples) if rng.random() < Chance.speaking else 0.0
         room, echoed = _heard(script, voice[i], echo_response(rng), room_noise(corpus, rng, samples))
         mic[i] = np.clip(room + echoed, -1, 1)
-        label[i] = _word_labels(script.moments([None] * WINDOW_TICKS))
+        label[i] = _word_labels(script.moments([None] * ticks))
     return mic, voice, label
 
 

@@ -14,7 +14,7 @@ from device.config import ModelConfig
 from device.engine import Engine
 from export.distill.behaviours import BEHAVIOURS
 from export.distill.scenes import Scene
-from export.scoreboard.board import DOUBTS, SCENE_TICKS, STOPPED, Task, lacking
+from export.scoreboard.board import DOUBTS, SCENE_S, STOPPED, Task, lacking
 from export.scoreboard.play import play
 from export.scoreboard.score import HIT, Verdict, judge
 
@@ -36,7 +36,6 @@ class Pair:
 
     task: Task
     lives: tuple[Life, Life]
-    seconds: float
 
 
 class _Witness:
@@ -66,11 +65,11 @@ def tasks(pairs: list[Pair], scenes: int) -> list[Task]:
     Every behaviour weighs the same in the loss, so one with few trials would decide it by chance.
     """
     if not pairs:
-        return [Task(group, number, SCENE_TICKS) for group in GROUPS for number in range(scenes)]
+        return [Task(group, number, SCENE_S) for group in GROUPS for number in range(scenes)]
     # Of the graph of which a behaviour was asked less often.
     missing = reduce(or_, (Counter(lacking(((pair.task, pair.lives[i].verdict) for pair in pairs), scenes)) for i in (0, 1)))
     played = Counter(pair.task.group for pair in pairs)
-    return [Task(group, played[group] + number, SCENE_TICKS) for group, few in missing.items() for number in range(few)]
+    return [Task(group, played[group] + number, SCENE_S) for group, few in missing.items() for number in range(few)]
 
 
 class Board:

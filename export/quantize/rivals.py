@@ -139,9 +139,8 @@ class Reference:
         return [live(self._player.scene(task), config, engine, task.number) for task in self._tasks]
 
     def pairs(self, graph: Path) -> list[Pair]:
-        tick_s = self.data.config.tick_ms / 1000
         found = zip(self._tasks, zip(self.lives, self.live(graph), strict=True), strict=True)
-        return [Pair(task, lives, task.ticks * tick_s) for task, lives in found]
+        return [Pair(task, lives) for task, lives in found]
 
 
 def ways(data: DataSet) -> dict[str, Make]:

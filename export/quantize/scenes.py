@@ -12,7 +12,7 @@ from device.engine import OnnxRuntimeEngine
 from export.distill.corpus import load_corpus
 from export.distill.scenes import make_scene, mixture
 from export.quantize.recordings import progress
-from export.scoreboard.board import SCENE_TICKS
+from export.scoreboard.board import SCENE_S
 from export.scoreboard.play import play
 from export.spoken_words import render_words
 
@@ -22,13 +22,12 @@ def record_scenes(source: Path, data: Path, scenes: int, seed: int, out: Path) -
     bundle = Bundle.open(source)
     config = bundle.config
     corpus, words = load_corpus(data, "train"), render_words(config.text.words)
-    engine, ticks = OnnxRuntimeEngine(bundle.graph, config), 0
+    engine, length = OnnxRuntimeEngine(bundle.graph, config), config.ticks_in(SCENE_S)
     for number in progress(range(scenes), scenes, "scenes"):
-        scene = make_scene(corpus, words, np.random.default_rng([seed, number]), config, SCENE_TICKS, flawless=True, stage=mixture)
+        scene = make_scene(corpus, words, np.random.default_rng([seed, number]), config, length, flawless=True, stage=mixture)
         recorder = CalibrationRecorder(out, config, bundle.digest, number, patient=True)
         play(scene, config, engine, number, recorder.record)
         recorder.close()
         if recorder.fault:
             raise CalibrationError(f"{out} cannot be written: {recorder.fault}; free space or name another place")
-        ticks += SCENE_TICKS
-    return ticks
+    return scenes * length

@@ -30,7 +30,7 @@ from export.errors import ExportError
 from export.quantize.closed_loop import Board, Pair, live, tasks
 from export.quantize.compare import KEPT, Difference, compare, memory_error
 from export.quantize.gates import judge
-from export.scoreboard.board import SCENE_TICKS, Player, Task
+from export.scoreboard.board import SCENE_S, Player, Task
 from export.scoreboard.play import play
 
 _LONG_RUN_FROM = 100_000  # its scenes are none of those of the closed loop
@@ -53,7 +53,7 @@ class _Couple:
     def live(self, task: Task) -> Pair:
         scene = self.player.scene(task)
         reference, quantized = (live(scene, self.player.config, engine, task.number) for engine in self.engines)
-        return Pair(task, (reference, quantized), task.ticks * self.player.config.tick_ms / 1000)
+        return Pair(task, (reference, quantized))
 
 
 class _LongRun:
@@ -153,7 +153,7 @@ def _long_run(couple: _Couple, config: ModelConfig, ticks: int, seed: int) -> _L
 
         number = _LONG_RUN_FROM
         while len(run) < ticks:
-            scene = couple.player.scene(Task("mixture", number, SCENE_TICKS))
+            scene = couple.player.scene(Task("mixture", number, SCENE_S))
             play(scene, config, couple.engines[0], number, step)
             number += 1
     return run
@@ -167,7 +167,7 @@ def _measure(pairs: list[Pair], run: _LongRun) -> tuple[dict[str, float], dict[s
     same_say, same_act = (say[0] == say[1]).all(axis=1), act[0] == act[1]
     active = say[0].any(axis=1) | say[1].any(axis=1) | (act[0] != 0) | (act[1] != 0)
     difference, (first, last) = run.difference(), run.memory()
-    minutes = sum(pair.seconds for pair in pairs) / 60
+    minutes = sum(pair.task.seconds for pair in pairs) / 60
     values = {
         "scenes": float(len(pairs)),
         "scoreboard loss": loss,

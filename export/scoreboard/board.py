@@ -26,11 +26,11 @@ from export.distill.script import Script
 from export.errors import ExportError
 from export.scoreboard.play import System
 from export.scoreboard.score import Verdict, judge
-from export.scoreboard.systems import ABLATIONS, systems
+from export.scoreboard.systems import ABLATIONS, ORACLE, systems
 from export.spoken_words import render_words
 
-SYSTEMS = ("presence", "telephone", "walkie-talkie")
-SCENE_TICKS, SILENCE_TICKS = 96, 150
+SYSTEMS = ("presence", "telephone", "walkie-talkie")  # what is played where nothing is asked for
+SCENE_S, SILENCE_S = 19.2, 30.0
 AGES_S = (5, 15, 30, 60)  # of a memory
 # Groups of scenes beside the behaviours' own; the last with the age.
 SILENCE, SHOWCASE, DOUBTS, STOPPED, RECALL = "silence", "showcase", "doubts", "stopped timers", "recall after "
@@ -47,7 +47,7 @@ class Task(NamedTuple):
 
     group: str
     number: int
-    ticks: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Entry:
 
     system: str
     task: Task
-    seconds: float
     verdict: Verdict
 
 
@@ -74,14 +73,16 @@ class Player:
     def scene(self, task: Task) -> Scene:
         """The task's scene: the same for the same seed."""
         rng = np.random.default_rng([self.seed, *task.group.encode(), task.number])
-        return make_scene(self.corpus, self.words, rng, self.config, task.ticks, flawless=True, stage=stage(task.group))
+        return make_scene(
+            self.corpus, self.words, rng, self.config, self.config.ticks_in(task.seconds), flawless=True, stage=stage(task.group)
+        )
 
     def play(self, task: Task) -> list[Entry]:
         """What each system did in it."""
-        scene, seconds = self.scene(task), task.ticks * self.config.tick_ms / 1000
+        scene = self.scene(task)
         no_ablations = task.group.startswith((SILENCE, RECALL))
         return [
-            Entry(name, task, seconds, judge(scene, system(scene, task.number), task.number))
+            Entry(name, task, judge(scene, system(scene, task.number), task.number))
             for name, system in self.systems.items()
             if not (no_ablations and name in ABLATIONS)
         ]
@@ -135,10 +136,10 @@ def run(
     bundle: Path, data: Path, split: Split, scenes: int, seed: int, names: list[str], jobs: int, progress: Callable[[str], None]
 ) -> list[Entry]:
     """Every system of `names` on at least `scenes` scenes that ask for each behaviour, an hour of silence, and memories by age."""
+    known = (*SYSTEMS, ORACLE, *ABLATIONS)
     for name in names:
-        if name not in (*SYSTEMS, *ABLATIONS):
-            raise ExportError(f"--systems: there is no system '{name}'; choose from {', '.join((*SYSTEMS, *ABLATIONS))}")
-    tick_s = Bundle.open(bundle, unproven=True).config.tick_ms / 1000
+        if name not in known:
+            raise ExportError(f"--systems: there is no system '{name}'; choose from {', '.join(known)}")
     entries: list[Entry] = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (bundle, data, split, seed, names)) as pool:
         started, done = time.monotonic(), 0
@@ -151,12 +152,12 @@ def run(
                 minutes = (time.monotonic() - started) / done * left / 60
                 progress(f"{done} scenes played, about {left} to go, {minutes:.1f} minutes")
 
-        hours = [Task(SILENCE, i, SILENCE_TICKS) for i in range(round(3600 / (SILENCE_TICKS * tick_s) * min(scenes / 50, 1)))]
-        memories = [Task(f"{RECALL}{age}", i, round((age + 3) / tick_s)) for age in AGES_S for i in range(-(-scenes // 2))]
+        hours = [Task(SILENCE, i, SILENCE_S) for i in range(round(3600 / SILENCE_S * min(scenes / 50, 1)))]
+        memories = [Task(f"{RECALL}{age}", i, age + 3.0) for age in AGES_S for i in range(-(-scenes // 2))]
         count = 0
         while missing := lacking(((entry.task, entry.verdict) for entry in entries), scenes):
             groups = ["mixture", *missing]
-            tasks = [Task(group, count + i, SCENE_TICKS) for group in groups for i in range(-(-_ROUND // len(groups)))]
+            tasks = [Task(group, count + i, SCENE_S) for group in groups for i in range(-(-_ROUND // len(groups)))]
             count += _ROUND
             play(tasks, len(tasks) + len(hours) + len(memories) + sum(missing.values()))
         play(memories, len(memories) + len(hours))

@@ -22,6 +22,7 @@ from export.distill.corpus import load_corpus
 from export.distill.scenes import Scene, make_scene
 from export.distill.script import Script
 from export.errors import ExportError
+from export.scoreboard.board import SCENE_S
 from export.scoreboard.play import BLOCK_S, Reaction, Run, play
 from export.scoreboard.score import HIT, judge
 from export.scoreboard.systems import ABLATIONS, MaskedEngine
@@ -30,7 +31,6 @@ from export.spoken_words import render_words
 LEVELS_DB = (-6, -12, -18, -24, -30)  # of the echo beside what the speaker played
 DELAY_S = (0.010, 0.080)  # from the speaker's converter to the microphone's
 DECAY_S = (0.2, 0.6)  # a furnished room's reverberation time
-SCENE_TICKS = 96
 BECAUSE_S = 1.2  # so long after its own sound a reaction can be one to it, and so long after a person's word one to that
 
 
@@ -139,7 +139,7 @@ def listen(bundle: Path, data: Path, split: Split, numbers: range, seed: int, pr
     heard = []
     for number in numbers:
         rng = np.random.default_rng([seed, number])
-        scene = make_scene(corpus, words, rng, c, SCENE_TICKS, flawless=True, stage=monologue)
+        scene = make_scene(corpus, words, rng, c, c.ticks_in(SCENE_S), flawless=True, stage=monologue)
         level_db = LEVELS_DB[number % len(LEVELS_DB)]
         scene = replace(scene, world=scene.world._replace(echo=echo_path(rng, level_db)))
         heard += [hear(scene, condition, level_db, c, engine, number) for condition in CONDITIONS]
@@ -150,7 +150,7 @@ def listen(bundle: Path, data: Path, split: Split, numbers: range, seed: int, pr
 def measure(bundle: Path, data: Path, split: Split, scenes: int, seed: int, out: Path | None, progress: Callable[[str], None]) -> str:
     """The Markdown of so many scenes; it and the JSON are written to `out`."""
     rows = summarise(listen(bundle, data, split, range(scenes), seed, progress))
-    text = markdown(rows, f"{bundle.name}: {scenes} scenes of {SCENE_TICKS} ticks, people of the {split} split, closed loop, seed {seed}")
+    text = markdown(rows, f"{bundle.name}: {scenes} scenes of {SCENE_S} s, people of the {split} split, closed loop, seed {seed}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "echo.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -18,7 +18,7 @@ def evaluate(bundle: Path, data: Path, split: Split, scenes: int, seed: int, nam
     if sys.stderr.isatty():
         print(file=sys.stderr)
     summary = summarise(entries)
-    minutes = sum(entry.seconds for entry in entries) / len(names) / 60
+    minutes = sum(entry.task.seconds for entry in entries) / len(names) / 60
     heading = f"{bundle.name}: {minutes:.0f} minutes of scenes with people of the {split} split, closed loop, seed {seed}"
     text = markdown(summary, heading)
     if out is not None:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from export.distill.scenes import Scene
-from export.scoreboard.board import SCENE_TICKS, SHOWCASE, Player, Task
+from export.scoreboard.board import SCENE_S, SHOWCASE, Player, Task
 from export.scoreboard.play import Run
 from export.scoreboard.score import HIT, judge
 
 INK, PALE, PEOPLE, VOICE, ACT, MISS = "#22252a", "#b8bcc2", "#2f6f9f", "#c2563a", "#3d8a5f", "#b3261e"
 _TRIES = 20  # scenes; the richest is shown
 _TITLES = {
-    "presence": "presence: sees, hears and acts every 200 ms",
+    "presence": "presence: sees, hears and acts every {tick_ms} ms",
     "telephone": "telephone: the same weights without eyes or clock",
     "walkie-talkie": "walkie-talkie: the same weights behind a voice activity detector",
 }
@@ -29,7 +29,7 @@ def draw_three(player: Player, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     scene = max(
-        (player.scene(Task(SHOWCASE, number, SCENE_TICKS)) for number in range(_TRIES)),
+        (player.scene(Task(SHOWCASE, number, SCENE_S)) for number in range(_TRIES)),
         key=lambda scene: len({trial.behaviour for trial in scene.trials}),
     )
     context, rate_hz = player.config.context_samples, player.config.audio.sample_rate_hz
@@ -46,7 +46,7 @@ def draw_three(player: Player, path: Path) -> None:
     _label(axes[0], "people\nsay", PEOPLE)
     _draw_shown(axes[1], scene)
     for axis, (name, run) in zip(axes[2:], runs.items(), strict=True):
-        _draw_system(axis, scene, run, _TITLES.get(name, name))
+        _draw_system(axis, scene, run, _TITLES.get(name, name).format(tick_ms=player.config.tick_ms))
     axes[-1].set(xlim=(0, len(runs[name].voice) / rate_hz), xlabel="seconds", xticks=range(int(len(run.voice) / rate_hz) + 1))
     for axis in axes:
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -64,8 +64,8 @@ def _system(entries: list[Entry]) -> dict[str, Any]:
         for outcome in entry.verdict.outcomes:
             by_behaviour[outcome.trial.behaviour].append((entry, outcome))
     behaviours = {name: _behaviour(by_behaviour[name]) for name in BEHAVIOURS if by_behaviour[name]}
-    minutes = sum(entry.seconds for entry in staged) / 60
-    hours = sum(entry.seconds for entry in silence) / 3600
+    minutes = sum(entry.task.seconds for entry in staged) / 60
+    hours = sum(entry.task.seconds for entry in silence) / 3600
     false = sum(len(entry.verdict.false) for entry in silence)
     kinds: dict[str, int] = defaultdict(int)
     for entry in entries:
@@ -155,7 +155,9 @@ def markdown(summary: dict[str, Any], heading: str) -> str:
     ablations = [name for name in systems if name in ABLATIONS]
     parts = [heading, "", f"**{first}**", "", *_detail(systems[first])]
     if len(rivals) > 1:
-        parts += ["", "**Kinds of system**, hits in %", "", *_side_by_side(systems, rivals), "", KINDS]
+        parts += ["", "**Kinds of system**, hits in %", "", *_side_by_side(systems, rivals)]
+    if {"telephone", "walkie-talkie"} & set(rivals):
+        parts += ["", KINDS]
     parts += [
         "",
         "**The field's rows**: the definitions are theirs, the tests are not; published figures are their authors' own",

@@ -55,6 +55,9 @@ ABLATIONS: dict[str, Mask] = {
 }
 
 
+ORACLE = "oracle"
+
+
 class MaskedEngine:
     """An engine whose inputs are masked before every launch."""
 
@@ -77,7 +80,17 @@ def systems(c: ModelConfig, engine: Engine) -> dict[str, System]:
         "presence": lambda scene, seed: play(scene, c, engine, seed),
         "telephone": masked(TELEPHONE),
         "walkie-talkie": lambda scene, seed: WalkieTalkie(c, engine).play(scene, seed),
+        ORACLE: lambda scene, _: perfect(scene, c),
     } | {name: masked(mask) for name, mask in ABLATIONS.items()}
+
+
+def perfect(scene: Scene, c: ModelConfig) -> Run:
+    """What the oracle chose in a flawless scene: the most that its ticks allow."""
+    tick_s, rate_hz, voice = c.tick_ms / 1000, c.audio.sample_rate_hz, scene.voice[c.context_samples :]
+    said = [(c.text.words[word], (tick + 1) * tick_s) for tick, word in enumerate(scene.say_now[:, 0]) if word]
+    acts = [Reaction("act", c.text.acts[act], (tick + 1) * tick_s, 0.0) for tick, act in enumerate(scene.act_now[:, 0]) if act]
+    heard = heard_words(said, voice, rate_hz, scene.world.playout_offset / rate_hz)
+    return Run(sorted(acts + heard, key=lambda reaction: reaction.at_s), voice, rate_hz)
 
 
 class WalkieTalkie:
