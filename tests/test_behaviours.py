@@ -147,6 +147,14 @@ def test_timer() -> None:
     assert cancelled.checks[0].value == "now" and trials("timer", hands={5: (3, 12)}, heard={12: ["go"], 20: ["stop"]}) == []
 
 
+def test_a_stopped_timer_forbids_no_other_to_end() -> None:
+    scene: dict[str, object] = {"hands": {5: (9, 12), 22: (1, 27)}, "heard": {12: ["go"], 18: ["stop"], 27: ["go"]}}
+    (cancelled,), (timer,) = trials("cancel", **scene), trials("timer", **scene)
+    assert [what for _, what in deeds(**scene)] == ["nine", "yield", "one", "now"]
+    (silence,), now = cancelled.checks, next(check for check in timer.checks if check.value == "now")
+    assert silence.since_s < silence.until_s == now.since_s
+
+
 def test_answer() -> None:
     assert deeds(heard={5: ["yes"], 15: ["no"]}) == [(5, "nod"), (15, "shake")]
     assert [t.checks[0].until_s - t.at_s for t in trials("answer", heard={5: ["yes"]})] == [pytest.approx(0.6)]
