@@ -115,8 +115,10 @@ def _reshape(clip: Clip, seed: int) -> list[Clip]:
         warp, factor = np.exp(0.16 * size + rng.normal(0, 0.03)), np.exp(0.35 * size + rng.normal(0, 0.15))
         shifted = [np.array([np.interp(bins / warp, bins, frame) for frame in table]) for table in (envelope, aperiodicity)]
         changed = pyworld.synthesize(pitch * factor, *shifted, RATE_HZ)[: len(samples)].astype(np.float32)
-        if np.abs(changed).max() > 0.005:
-            made.append(Clip(clip.word, changed, f"{clip.speaker}-{warp:.2f}-{factor:.2f}", onset, min(end, len(changed))))
+        peak = np.abs(changed).max()  # up to three times the recording's: WORLD gathers in a pulse what the recording has spread
+        if peak > 0.005:
+            samples = changed / np.maximum(peak, 1)
+            made.append(Clip(clip.word, samples, f"{clip.speaker}-{warp:.2f}-{factor:.2f}", onset, min(end, len(samples))))
     return made
 
 
