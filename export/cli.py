@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     record = commands.add_parser("record", help="add scenes with people of the training split to a calibration data set")
     record.add_argument("bundle", type=Path, help="a float bundle, which plays them")
     record.add_argument("--data", type=Path, required=True, help="corpus folder")
-    record.add_argument("--scenes", type=int, default=16, help="of 96 ticks (default 16)")
+    record.add_argument("--scenes", type=int, default=16, help="of 19.2 s (default 16)")
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--out", type=Path, required=True, metavar="DIR", help="as 'copresence run --record-calibration DIR' writes it")
     record.set_defaults(run=_record)
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--scenes", type=int, default=50, help="at least so many that ask for each behaviour (default 50)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
-        "--systems", nargs="+", metavar="NAME", help="default: presence telephone walkie-talkie; oracle does what is wanted"
+        "--systems", nargs="+", metavar="NAME", help="default: presence telephone walkie-talkie; oracle: what the scenes want"
     )
     evaluate.add_argument("--ablations", action="store_true", help="also without video, own voice, clock, text, or one of the two frames")
     evaluate.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")

@@ -59,23 +59,21 @@ def recipe_path(tmp_path: Path) -> Path:
 
 
 def test_the_recipes_of_other_ticks_differ_in_nothing_else(repository: Path) -> None:
-    recipes = [Recipe.read(repository / "export" / "recipes" / f"tick-{tick_ms}.json") for tick_ms in (100, 200, 400)]
+    def recipe(tick_ms: int) -> Recipe:
+        found = Recipe.read(repository / "export" / "recipes" / f"tick-{tick_ms}.json")
+        assert (found.name, found.model.tick_ms) == (f"tick-{tick_ms}", tick_ms)
+        return found
 
-    def seconds(recipe: Recipe) -> tuple[object, ...]:
-        c, tick_s = recipe.model, recipe.model.tick_ms / 1000
-        windows_s = [ticks * tick_s for ticks in (recipe.ticks, c.trunk.perceive_window, c.trunk.present_window)]
-        return (
-            c.audio,
-            c.trunk.present_layers,
-            recipe.stages,
-            recipe.practice,
-            recipe.seed,
-            windows_s,
-            c.trunk.rope_wavelengths_ticks[1] * tick_s,
-        )
+    def at_200(found: Recipe) -> Recipe:
+        """The same in seconds; the shortest wavelength stays two ticks."""
+        ratio, trunk = found.model.tick_ms / 200, found.model.trunk
+        shortest, longest = trunk.rope_wavelengths_ticks
+        windows = {name: round(ratio * getattr(trunk, name)) for name in ("perceive_window", "present_window")}
+        trunk = dataclasses.replace(trunk, **windows, rope_wavelengths_ticks=(shortest, ratio * longest))
+        model = dataclasses.replace(found.model, tick_ms=200, trunk=trunk)
+        return dataclasses.replace(found, name="tick-200", ticks=round(ratio * found.ticks), model=model)
 
-    assert [recipe.model.tick_ms for recipe in recipes] == [100, 200, 400]
-    assert seconds(recipes[0]) == seconds(recipes[1]) == seconds(recipes[2])
+    assert at_200(recipe(100)) == recipe(200) == at_200(recipe(400))
 
 
 @pytest.mark.parametrize(

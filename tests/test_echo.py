@@ -19,7 +19,7 @@ from export.distill.scenes import Scene, make_scene
 from export.scoreboard import echo
 from export.scoreboard.echo import CONDITIONS, LEVELS_DB, Heard, echo_path, hear, markdown, monologue, reactions_to_itself, summarise
 from export.scoreboard.play import Reaction, Run
-from export.scoreboard.systems import perfect
+from export.scoreboard.systems import oracle
 from export.spoken_words import render_words
 
 needs_livekit = pytest.mark.skipif(importlib.util.find_spec("livekit") is None, reason="livekit is not installed (extra 'echo')")
@@ -101,7 +101,7 @@ def scene(corpus: Corpus) -> Scene:
 
 
 def test_in_a_monologue_a_perfect_companion_speaks_a_lot_and_not_to_itself(scene: Scene) -> None:
-    run = perfect(scene, CONFIG)
+    run = oracle(scene, CONFIG)
     assert sum(reaction.kind == "say" for reaction in run.reactions) >= 10
     assert reactions_to_itself(scene, run, []) == []
 

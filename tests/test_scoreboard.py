@@ -17,12 +17,12 @@ from export.distill.behaviours import ACTS, WORDS
 from export.distill.corpus import Corpus
 from export.distill.scenes import Scene, make_scene
 from export.scoreboard import systems
-from export.scoreboard.board import RECALL, SCENE_S, SILENCE, STOPPED, stage
+from export.scoreboard.board import RECALL, SCENE_S, SILENCE, STOPPED, Entry, Player, Task, stage
 from export.scoreboard.detector import Turn, turns
 from export.scoreboard.play import Reaction, Run, SceneMicrophone, heard_words
 from export.scoreboard.report import BEHAVIOURS, markdown, summarise
 from export.scoreboard.score import HIT, MISSED, WRONG, Verdict, judge
-from export.scoreboard.systems import ABLATIONS, TELEPHONE, MaskedEngine, WalkieTalkie, perfect
+from export.scoreboard.systems import ABLATIONS, ORACLE, TELEPHONE, MaskedEngine, WalkieTalkie, oracle
 from export.spoken_words import render_words
 
 # It remembers for a minute, as who is asked `last` must.
@@ -44,7 +44,7 @@ def scene_of(group: str, number: int, corpus: Corpus, words: dict[str, Samples],
 @pytest.fixture(scope="module")
 def played(corpus: Corpus, words: dict[str, Samples]) -> list[tuple[Scene, Run]]:
     scenes = [scene_of(group, number, corpus, words) for group in GROUPS for number in range(4)]
-    return [(scene, perfect(scene, CONFIG)) for scene in scenes]
+    return [(scene, oracle(scene, CONFIG)) for scene in scenes]
 
 
 def test_a_perfect_companion_meets_everything_and_does_nothing_else(played: list[tuple[Scene, Run]]) -> None:
@@ -64,7 +64,7 @@ def time_to_ok(tick_ms: int, corpus: Corpus, words: dict[str, Samples]) -> tuple
     times = []
     for number in range(12):
         scene = scene_of("act", number, corpus, words, c)
-        outcomes = [outcome for outcome in judge(scene, perfect(scene, c)).outcomes if outcome.trial.behaviour == "ok"]
+        outcomes = [outcome for outcome in judge(scene, oracle(scene, c)).outcomes if outcome.trial.behaviour == "ok"]
         assert all(outcome.result == HIT for outcome in outcomes)
         times += [outcome.reaction_s for outcome in outcomes if outcome.reaction_s is not None]
     assert len(times) > 30
@@ -76,6 +76,18 @@ def test_what_the_length_of_a_tick_allows(corpus: Corpus, words: dict[str, Sampl
     quick, ours, slow = (time_to_ok(tick_ms, corpus, words) for tick_ms in (100, 200, 400))
     assert quick[0] < ours[0] < 0.30 < slow[0]
     assert quick[1] < ours[1] < 0.45 < slow[1]
+
+
+def test_the_oracle_can_be_played_on_the_board(companion_bundle: Path, data_root: Path) -> None:
+    """Among others scene 105, in which a timer is stopped and another one ends soon after."""
+    player = Player(companion_bundle, data_root, "test", 0, [ORACLE])
+    asked = set()
+    for task in [Task(STOPPED, number, SCENE_S) for number in range(100, 110)] + [Task("mixture", number, SCENE_S) for number in range(10)]:
+        (entry,) = player.play(task)
+        assert entry.system == "oracle" and entry.verdict.false == []
+        assert [outcome for outcome in entry.verdict.outcomes if outcome.result != HIT] == []
+        asked |= {outcome.trial.behaviour for outcome in entry.verdict.outcomes}
+    assert asked >= {"act", "show", "answer", "timer", "cancel"}
 
 
 def test_who_does_nothing_is_silent_and_misses_the_rest(played: list[tuple[Scene, Run]]) -> None:
@@ -241,8 +253,6 @@ def taken_aback(scene: Scene, run: Run) -> Run:
 
 
 def test_intervals_are_drawn_over_people_and_the_tables_say_it_all(played: list[tuple[Scene, Run]]) -> None:
-    from export.scoreboard.board import Entry, Task
-
     entries = []
     for number, (scene, run) in enumerate(played):
         task = Task("silence" if number % 7 == 6 else "mixture", number, SCENE_S)

@@ -328,7 +328,7 @@ class Timer:
                 )
                 trial = conduct.trial("timer", now_s, *checks, person=moment.hand.person, detail=n)
                 for earlier in conduct.trials:
-                    if earlier.behaviour == "cancel":  # until then; its own "now" is none of that which was stopped
+                    if earlier.behaviour == "cancel":  # forbids "now" no longer than until this timer may say it
                         earlier.checks = [check._replace(until_s=min(check.until_s, now_s - TIMER_SLACK_S)) for check in earlier.checks]
                 # The word is heard an offset after the edge, and "go" was over before its own: one tick less is nearer.
                 conduct.timer = Wait(tick + max(round(n / conduct.tick_s) - 1, 0), trial)

@@ -95,7 +95,8 @@ def reshaped_clips(cache: Path, split: Split, clips: list[Clip]) -> list[Clip]:
             for made in pool.map(_reshape, clips, range(len(clips)), chunksize=16):
                 yield from made
 
-    return _cached(cache, f"{split}-reshaped", [(clip.word, clip.speaker, len(clip.samples)) for clip in clips], make)
+    recipe = (RESHAPED_PER_CLIP, "unclipped", [(clip.word, clip.speaker, len(clip.samples)) for clip in clips])
+    return _cached(cache, f"{split}-reshaped", recipe, make)
 
 
 def _reshape(clip: Clip, seed: int) -> list[Clip]:
@@ -117,8 +118,8 @@ def _reshape(clip: Clip, seed: int) -> list[Clip]:
         changed = pyworld.synthesize(pitch * factor, *shifted, RATE_HZ)[: len(samples)].astype(np.float32)
         peak = np.abs(changed).max()  # up to three times the recording's: WORLD gathers in a pulse what the recording has spread
         if peak > 0.005:
-            samples = changed / np.maximum(peak, 1)
-            made.append(Clip(clip.word, samples, f"{clip.speaker}-{warp:.2f}-{factor:.2f}", onset, min(end, len(samples))))
+            changed /= max(peak, 1)
+            made.append(Clip(clip.word, changed, f"{clip.speaker}-{warp:.2f}-{factor:.2f}", onset, min(end, len(changed))))
     return made
 
 

@@ -29,7 +29,7 @@ from export.scoreboard.score import Verdict, judge
 from export.scoreboard.systems import ABLATIONS, ORACLE, systems
 from export.spoken_words import render_words
 
-SYSTEMS = ("presence", "telephone", "walkie-talkie")  # what is played where nothing is asked for
+SYSTEMS = ("presence", "telephone", "walkie-talkie")  # by default
 SCENE_S, SILENCE_S = 19.2, 30.0
 AGES_S = (5, 15, 30, 60)  # of a memory
 # Groups of scenes beside the behaviours' own; the last with the age.

@@ -80,12 +80,12 @@ def systems(c: ModelConfig, engine: Engine) -> dict[str, System]:
         "presence": lambda scene, seed: play(scene, c, engine, seed),
         "telephone": masked(TELEPHONE),
         "walkie-talkie": lambda scene, seed: WalkieTalkie(c, engine).play(scene, seed),
-        ORACLE: lambda scene, _: perfect(scene, c),
+        ORACLE: lambda scene, _: oracle(scene, c),
     } | {name: masked(mask) for name, mask in ABLATIONS.items()}
 
 
-def perfect(scene: Scene, c: ModelConfig) -> Run:
-    """What the oracle chose in a flawless scene: the most that its ticks allow."""
+def oracle(scene: Scene, c: ModelConfig) -> Run:
+    """What a scene that was made flawless wants, each in the first tick that can know it: the most that ticks of this length allow."""
     tick_s, rate_hz, voice = c.tick_ms / 1000, c.audio.sample_rate_hz, scene.voice[c.context_samples :]
     said = [(c.text.words[word], (tick + 1) * tick_s) for tick, word in enumerate(scene.say_now[:, 0]) if word]
     acts = [Reaction("act", c.text.acts[act], (tick + 1) * tick_s, 0.0) for tick, act in enumerate(scene.act_now[:, 0]) if act]
