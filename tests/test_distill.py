@@ -28,6 +28,7 @@ from export.distill.corpus import Corpus
 from export.distill.finish import finish
 from export.distill.losses import SpeechTarget, past_frames, perceive_kind, scene_loss, voice_loss
 from export.distill.model import Block, FlowHead, TickModel, attend_windowed, mixed_precision
+from export.distill.muon import Muon, orthogonal
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.train import Optimizer, Source, train
 from export.distill.voice import Vocoder, word_mels
@@ -365,6 +366,35 @@ def test_products_are_in_bf16_where_that_is_faster(device: str, able: dict[str, 
     monkeypatch.setattr(torch, "autocast", lambda *arguments, enabled: asked.append((*arguments, enabled)))
     mixed_precision(device)
     assert asked == [(device, torch.bfloat16, mixed)]
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_goes_the_way_of_torch_from_its_states(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start, *gradients = torch.randn(4, *shape)
+    theirs, ours = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    torchs, own = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01), Muon([ours], lr=0.02, weight_decay=0.01)
+    for number, gradient in enumerate(gradients):
+        before = ours.detach().clone()
+        theirs.grad, ours.grad = gradient, gradient.clone()
+        torchs.step()
+        own.step()
+        assert (ours - theirs).norm() < 0.05 * (ours - before).norm(), number  # theirs is of bf16 products
+        own.load_state_dict(copy.deepcopy(torchs.state_dict()))
+        with torch.no_grad():
+            ours.copy_(theirs)
+
+
+@pytest.mark.parametrize(("able", "error"), [({}, (0, 1e-4)), ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (1e-3, 1e-1))])
+def test_muon_takes_products_in_bf16_only_where_that_is_faster(
+    able: dict[str, Any], error: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    torch.manual_seed(0)
+    matrix, coefficients = torch.randn(24, 40), (3.4445, -4.7750, 2.0315)
+    exact = orthogonal(matrix.double(), coefficients, 5)  # double is left alone
+    low, high = error
+    assert low <= (orthogonal(matrix, coefficients, 5) - exact).norm() / exact.norm() < high
 
 
 @pytest.mark.parametrize("ticks", [3, 9, 16, 17, 40])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,8 @@ def test_a_recipe_with_teachers_trains_them_on_the_way_and_its_student_by_them(
     monkeypatch.setattr(finish_module, "train", train)
     distill_checkpoint(tmp_path / "recipe.json", source, work, tmp_path / "taught")
     assert taught_by == [(1, None), (None, None), (2, "teacher-1/checkpoint"), (None, "teacher-2/begun")]
+    (tmp_path / "other").mkdir()
+    shutil.copy(work / "vocoder.safetensors", tmp_path / "other")  # the same one: making what it learns from takes most of a minute
     train_checkpoint(tmp_path / "recipe.json", source, tmp_path / "other", tmp_path / "alone")
     folders = {"untaught": work / "teacher-1/begun", "teacher": work / "teacher-1/checkpoint", "itself": work / "teacher-2/begun"}
     folders |= {name: tmp_path / name for name in ("taught", "alone")}

@@ -19,6 +19,7 @@ from export.distill.batches import Batch, Batches
 from export.distill.corpus import load_corpus
 from export.distill.losses import Auxiliary, SpeechTarget, perception_loss, practice_loss, scene_loss, voice_loss
 from export.distill.model import TickModel, mixed_precision
+from export.distill.muon import Muon
 from export.distill.recipe import Recipe, RecipeError, Stage
 from export.distill.teacher import HEADS_NAME, Teacher, grow, load_weights
 
@@ -95,7 +96,7 @@ class Optimizer:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adam": torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)}
         if matrices:
             self.rates["muon"] = stage.muon_lr
-            self.optimizers["muon"] = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01)
+            self.optimizers["muon"] = Muon(matrices, momentum=0.95, weight_decay=0.01)
         self.weights = list(modules.parameters())
         self.average = [p.detach().clone() for p in self.weights]
 
