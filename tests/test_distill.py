@@ -373,7 +373,7 @@ def test_muon_goes_the_way_of_torch_from_its_states(shape: tuple[int, int]) -> N
     torch.manual_seed(0)
     start, *gradients = torch.randn(4, *shape)
     theirs, ours = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    torchs, own = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01), Muon([ours], lr=0.02, weight_decay=0.01)
+    torchs, own = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01), Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.01)
     for number, gradient in enumerate(gradients):
         before = ours.detach().clone()
         theirs.grad, ours.grad = gradient, gradient.clone()
@@ -381,6 +381,7 @@ def test_muon_goes_the_way_of_torch_from_its_states(shape: tuple[int, int]) -> N
         own.step()
         assert (ours - theirs).norm() < 0.05 * (ours - before).norm(), number  # theirs is of bf16 products
         own.load_state_dict(copy.deepcopy(torchs.state_dict()))
+        torchs.load_state_dict(copy.deepcopy(own.state_dict()))
         with torch.no_grad():
             ours.copy_(theirs)
 

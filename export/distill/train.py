@@ -96,7 +96,7 @@ class Optimizer:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adam": torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)}
         if matrices:
             self.rates["muon"] = stage.muon_lr
-            self.optimizers["muon"] = Muon(matrices, momentum=0.95, weight_decay=0.01)
+            self.optimizers["muon"] = Muon(matrices, stage.muon_lr, momentum=0.95, weight_decay=0.01)
         self.weights = list(modules.parameters())
         self.average = [p.detach().clone() for p in self.weights]
 
