@@ -46,3 +46,26 @@ def test_reshaped_people_are_kept(loud: Clip, tmp_path: Path, monkeypatch: pytes
     again = reshaped_clips(tmp_path, "train", [loud])
     assert [clip.speaker for clip in again] == [clip.speaker for clip in made]
     assert all(np.array_equal(one.samples, other.samples) for one, other in zip(made, again, strict=True))
+
+
+def test_each_of_them_is_recorded_by_another_microphone() -> None:
+    """White noise in the middle of silence shows what gets through, and what is added."""
+    word = slice(4000, 12000)
+    samples = np.zeros(RATE_HZ)
+    samples[word] = np.random.default_rng(0).standard_normal(8000)
+
+    def level_db(recorded: np.ndarray, low_hz: int, high_hz: int) -> float:
+        return float(
+            10
+            * np.log10(np.mean(np.abs(np.fft.rfft(recorded)[low_hz * len(recorded) // RATE_HZ : high_hz * len(recorded) // RATE_HZ]) ** 2))
+        )
+
+    heard = [voices._recorded(samples, word, np.random.default_rng(seed)) for seed in range(100)]
+    assert all(recorded.shape == samples.shape and np.isfinite(recorded).all() for recorded in heard)
+    deep, high = (
+        [level_db(recorded[word], *band) - level_db(recorded[word], 700, 1500) for recorded in heard] for band in ((100, 200), (6000, 7500))
+    )
+    assert np.std(deep) > 5 and np.std(high) > 5
+    quiet = [10 * np.log10(np.mean(recorded[:3000] ** 2) / np.mean(recorded[word] ** 2)) for recorded in heard]
+    noisy = np.mean([level > -40 for level in quiet])
+    assert 0.3 < noisy < 0.7, "rumble, hiss or both, in half of them"

@@ -15,6 +15,7 @@ COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go
 Split = Literal["train", "dev", "test"]
 
 FRAME = RATE_HZ // 100  # 10 ms
+EQUALISER_HZ = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])  # where random microphones get their gains, log frequency between
 
 
 @dataclass(frozen=True)

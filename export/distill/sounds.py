@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
-from export.distill.clips import COMMANDS, RATE_HZ, Clip
+from export.distill.clips import COMMANDS, EQUALISER_HZ, RATE_HZ, Clip
 from export.distill.corpus import Corpus, Voices
 
 ABOVE_NOISE = 10**0.2  # power: every word keeps 2 dB above noise and echo
@@ -22,8 +22,8 @@ class Chance:
     # what is heard
     babble, no_echo, gated = 0.18, 0.2, 0.05
     # one spoken word
-    reshaped_word, reshaped_other = 0.45, 0.35
-    synthetic_word, synthetic_other = 0.15, 0.35
+    reshaped = 0.4
+    synthetic = 0.25  # commands as often as other words, or synthetic would be a sign of the latter
     # how it sounds
     noise_clip, reverb, clipped, cropped, muffled = 0.45, 0.35, 0.04, 0.4, 0.25
 
@@ -69,22 +69,22 @@ def room_noise(corpus: Corpus, rng: np.random.Generator, samples: int) -> np.nda
 
 def word_clip(corpus: Corpus, rng: np.random.Generator, word: str) -> Clip:
     """One of COMMANDS, spoken by anybody."""
-    clips = _source(corpus, rng, Chance.reshaped_word, Chance.synthetic_word, lambda voices: voices.words[word])
+    clips = _source(corpus, rng, lambda voices: voices.words[word])
     return clips[rng.integers(len(clips))]
 
 
 def other_clip(corpus: Corpus, rng: np.random.Generator) -> Clip:
     """Another word, spoken by anybody."""
-    clips = _source(corpus, rng, Chance.reshaped_other, Chance.synthetic_other, lambda voices: voices.others)
+    clips = _source(corpus, rng, lambda voices: voices.others)
     return clips[rng.integers(len(clips))]
 
 
-def _source(
-    corpus: Corpus, rng: np.random.Generator, reshaped: float, synthetic: float, clips: Callable[[Voices], list[Clip]]
-) -> list[Clip]:
+def _source(corpus: Corpus, rng: np.random.Generator, clips: Callable[[Voices], list[Clip]]) -> list[Clip]:
     """Real people's clips, or made ones where there are any."""
     kind = rng.random()
-    made = clips(corpus.reshaped) if kind < reshaped else clips(corpus.synthetic) if kind < reshaped + synthetic else []
+    made = (
+        clips(corpus.reshaped) if kind < Chance.reshaped else clips(corpus.synthetic) if kind < Chance.reshaped + Chance.synthetic else []
+    )
     return made or clips(corpus.real)
 
 
@@ -142,13 +142,12 @@ def augment_word(clip: Clip, rng: np.random.Generator, room: np.ndarray | None, 
 
 def _equaliser(rng: np.random.Generator, bins: int) -> np.ndarray:
     """A random microphone: six gains over log frequency (a tilt and bumps), as amplitude per DFT bin."""
-    knots_hz = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])
     gains_db = rng.normal(0, 2.5, 6) + rng.normal(0, 3.0) * np.linspace(-1, 1, 6)
     if rng.random() < 0.25:
         gains_db[0] -= rng.uniform(5, 25)  # small loudspeaker, high-passed microphone
     if rng.random() < Chance.muffled:  # a band that does not get through
         gains_db[rng.integers(2, 6)] -= rng.uniform(6, 25)
-    coarse = 10 ** (np.interp(np.log(np.linspace(30, 8000, 257)), np.log(knots_hz), gains_db) / 20)
+    coarse = 10 ** (np.interp(np.log(np.linspace(30, 8000, 257)), np.log(EQUALISER_HZ), gains_db) / 20)
     return np.asarray(np.interp(np.linspace(0, 256, bins), np.arange(257), coarse), dtype=np.float32)
 
 

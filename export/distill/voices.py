@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.distill.clips import COMMANDS, RATE_HZ, Clip, Split, word_span
+from export.distill.clips import COMMANDS, EQUALISER_HZ, RATE_HZ, Clip, Split, word_span
 from export.espeak import speak
 
 # Synthetic voices, split like people. The first of a pair is espeak's dialect, the second its variant.
@@ -87,7 +87,8 @@ def _synthesise(recipe: tuple[str, str, int, int]) -> Clip | None:
 def reshaped_clips(cache: Path, split: Split, clips: list[Clip]) -> list[Clip]:
     """RESHAPED_PER_CLIP people that never were for each of `clips`: the same words with another larynx and vocal tract.
 
-    Pitch and the spectral envelope are moved by WORLD (Morise et al. 2016, doi 10.1587/transinf.2015EDP7457), kept in `cache`.
+    Pitch and the spectral envelope are moved by WORLD (Morise et al. 2016, doi 10.1587/transinf.2015EDP7457), and each is recorded by
+    a microphone of its own; kept in `cache`.
     """
 
     def make() -> Iterable[Clip | None]:
@@ -95,7 +96,7 @@ def reshaped_clips(cache: Path, split: Split, clips: list[Clip]) -> list[Clip]:
             for made in pool.map(_reshape, clips, range(len(clips)), chunksize=16):
                 yield from made
 
-    recipe = (RESHAPED_PER_CLIP, "unclipped", [(clip.word, clip.speaker, len(clip.samples)) for clip in clips])
+    recipe = (RESHAPED_PER_CLIP, "unclipped", "microphones", [(clip.word, clip.speaker, len(clip.samples)) for clip in clips])
     return _cached(cache, f"{split}-reshaped", recipe, make)
 
 
@@ -115,12 +116,32 @@ def _reshape(clip: Clip, seed: int) -> list[Clip]:
         size = rng.uniform(-1, 1)
         warp, factor = np.exp(0.16 * size + rng.normal(0, 0.03)), np.exp(0.35 * size + rng.normal(0, 0.15))
         shifted = [np.array([np.interp(bins / warp, bins, frame) for frame in table]) for table in (envelope, aperiodicity)]
-        changed = pyworld.synthesize(pitch * factor, *shifted, RATE_HZ)[: len(samples)].astype(np.float32)
+        changed = pyworld.synthesize(pitch * factor, *shifted, RATE_HZ)[: len(samples)]
+        changed = _recorded(changed, slice(onset, end), rng).astype(np.float32)
         peak = np.abs(changed).max()  # up to three times the recording's: WORLD gathers in a pulse what the recording has spread
         if peak > 0.005:
             changed /= max(peak, 1)
             made.append(Clip(clip.word, changed, f"{clip.speaker}-{warp:.2f}-{factor:.2f}", onset, min(end, len(changed))))
     return made
+
+
+def _recorded(samples: np.ndarray, word: slice, rng: np.random.Generator) -> np.ndarray:
+    """[n] at 16 kHz as a random microphone gives it, worse than those of scenes: what gets through, its rumble and its hiss."""
+    n = len(samples)
+    hz = np.maximum(np.fft.rfftfreq(n, 1 / RATE_HZ), 1)
+    gains_db = rng.normal(0, 4, len(EQUALISER_HZ)) + rng.normal(0, 4) * np.linspace(-1, 1, len(EQUALISER_HZ))
+    response = 10 ** (np.interp(np.log(hz), np.log(EQUALISER_HZ), gains_db) / 20)
+    if rng.random() < 0.4:  # nothing deep
+        response /= np.sqrt(1 + (rng.uniform(100, 500) / hz) ** (2 * rng.integers(1, 4)))
+    if rng.random() < 0.3:  # nothing high
+        response /= np.sqrt(1 + (hz / rng.uniform(2500, 7000)) ** (2 * rng.integers(1, 4)))
+    heard = np.fft.irfft(np.fft.rfft(samples) * response, n)
+    level = np.sqrt(np.mean(heard[word] ** 2))
+    for below_hz, low_db, high_db in ((rng.uniform(60, 200), -15, 6), (np.inf, -35, -12)):
+        if rng.random() < 0.3:
+            noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) / (1 + (hz / below_hz) ** 4), n)
+            heard += noise * level * 10 ** (rng.uniform(low_db, high_db) / 20) / np.sqrt(np.mean(noise**2))
+    return heard
 
 
 def _cached(cache: Path, name: str, recipe: object, make: Callable[[], Iterable[Clip | None]]) -> list[Clip]:
