@@ -89,6 +89,8 @@ def test_the_recipes_of_other_ticks_differ_in_nothing_else(repository: Path) -> 
         ({"stages": [{"learns": "voice", "steps": 1, "batch": 1, "muon_lr": 0.0, "adam_lr": 0.1, "keeps": "present"}]}, "stages.keeps"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": True}]}, "stages.keeps"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "chatter": 1.5}]}, "stages.chatter"),
+        ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "hands": 8}]}, "stages.hands"),
+        ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "hands": 0}]}, "stages.hands"),
         ({"teachers": [{"after": 3, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
         ({"teachers": 2 * [{"after": 1, "present_layers": 4, "seed": 1, "stages": []}]}, "teachers.after"),
         ({"teachers": [{"after": 0, "present_layers": 0, "seed": 1, "stages": []}]}, "teachers.present_layers"),
@@ -270,8 +272,16 @@ def test_practice_comes_with_one_scene_and_what_keeps_perception_without_practic
         next(iter(Batches(corpus, recipe, stage, [1]))) for stage in (dataclasses.replace(SCENES_STAGE, keeps="perceiving"), PRACTICE_STAGE)
     )
     assert "practice" not in kept
-    assert len(practised["practice"]["word"]) == WORDS_STAGE.batch
+    assert len(practised["practice"]["word"]) == len(practised["practice"]["hand"]) == WORDS_STAGE.batch
     assert practised["say_target"].shape == (1, recipe.ticks)
+
+
+def test_a_stage_can_show_more_hands_than_it_has_windows(trained: Trained, recipe_path: Path, corpus: Corpus) -> None:
+    stage = dataclasses.replace(WORDS_STAGE, hands=3 * WORDS_STAGE.batch)
+    batch = next(iter(Batches(corpus, Recipe.read(recipe_path), stage, [1])))
+    assert (len(batch["word"]), len(batch["hand"])) == (WORDS_STAGE.batch, 3 * WORDS_STAGE.batch)
+    assert len(batch["frames"]) == 3 * WORDS_STAGE.batch
+    trained("work", stage)
 
 
 def test_a_stage_of_the_voice_changes_only_how_words_are_said(trained: Trained) -> None:

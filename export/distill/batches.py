@@ -84,7 +84,7 @@ class Batches(IterableDataset[Batch]):
         c = self.recipe.model
         assert self.corpus is not None
         mic, voice, word = word_windows(self.corpus, self.words, rng, n, c)
-        frames, hand = hand_frames(self.corpus, rng, n, c)
+        frames, hand = hand_frames(self.corpus, rng, self.stage.hands or n, c)
         return tensors(
             {
                 "mic": mic,

@@ -62,8 +62,9 @@ def perceived(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> t
     rope = torch.from_numpy(rope_table(c, np.arange(ticks))).to(mic.device)
     audio = model.audio(mic, batch["voice"], ticks)
     audio = perceive_kind(model, audio, rope[:, : c.audio_tokens].expand(n, -1, -1, -1, -1))
-    video = model.video(batch["frames"][:, None], torch.zeros(n, 1, 1, device=mic.device))
-    video = perceive_kind(model, video, rope[:1, c.audio_tokens : c.audio_tokens + c.video_tokens].expand(n, -1, -1, -1, -1))
+    shown = len(batch["frames"])
+    video = model.video(batch["frames"][:, None], torch.zeros(shown, 1, 1, device=mic.device))
+    video = perceive_kind(model, video, rope[:1, c.audio_tokens : c.audio_tokens + c.video_tokens].expand(shown, -1, -1, -1, -1))
     return heads.words(audio), heads.hands(video[:, 0])
 
 

@@ -33,6 +33,7 @@ class Stage:
     decay: float = 0.6  # fraction of the steps over which the rates fall to zero
     ticks: int | None = None  # length of a scene, where it is not the recipe's
     keeps: Literal["perceiving", "present"] | None = None  # above
+    hands: int | None = None  # in a stage of perception: how many a step, where they are not as many as windows
     chatter: float = 0.0  # share of the scenes (not of those in shards) in which the companion says any word at any time
     joins: int | None = None  # ends in the mean with the weights after this stage, the first being 1 (model soups, arXiv 2203.05482)
 
@@ -42,6 +43,8 @@ class Stage:
         if self.keeps is not None and (self.learns, self.keeps) not in (("scenes", "perceiving"), ("perception", "present")):
             reason = "must be 'perceiving' in a stage of scenes, or 'present' in one of perception"
             raise RecipeError(f"the field stages.keeps {reason}, not {self.keeps!r} in one of {self.learns}; or leave it out")
+        if self.hands is not None and (self.learns != "perception" or self.hands < 1):
+            raise RecipeError(f"the field stages.hands is how many a stage of perception shows, not {self.hands} in one of {self.learns}")
         if not 0 <= self.chatter <= 1 or (self.chatter and self.learns == "perception"):
             raise RecipeError(f"the field stages.chatter is a share, 0 to 1, of a stage's scenes, not {self.chatter} of {self.learns}")
 
