@@ -55,10 +55,8 @@ def test_each_of_them_is_recorded_by_another_microphone() -> None:
     samples[word] = np.random.default_rng(0).standard_normal(8000)
 
     def level_db(recorded: np.ndarray, low_hz: int, high_hz: int) -> float:
-        return float(
-            10
-            * np.log10(np.mean(np.abs(np.fft.rfft(recorded)[low_hz * len(recorded) // RATE_HZ : high_hz * len(recorded) // RATE_HZ]) ** 2))
-        )
+        spectrum, hz = np.fft.rfft(recorded), np.fft.rfftfreq(len(recorded), 1 / RATE_HZ)
+        return float(10 * np.log10(np.mean(np.abs(spectrum[(hz >= low_hz) & (hz < high_hz)]) ** 2)))
 
     heard = [voices._recorded(samples, word, np.random.default_rng(seed)) for seed in range(100)]
     assert all(recorded.shape == samples.shape and np.isfinite(recorded).all() for recorded in heard)

@@ -75,7 +75,7 @@ class Batches(IterableDataset[Batch]):
 
     @property
     def _practice(self) -> int:
-        """Windows with words, and as many hands, that come along with them."""
+        """Windows with words that come along with them, and as many hands, unless the stage says how many."""
         if self.stage.learns == "perception":
             return self.stage.batch
         return 0 if self.stage.keeps or self.stage.learns == "voice" else self.recipe.practice

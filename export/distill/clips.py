@@ -1,4 +1,4 @@
-"""One recorded word, where in its recording the word lies, and the side of the split that its speaker is on."""
+"""One recorded word, where it lies in its recording, what a microphone makes of it, and the side of the split that its speaker is on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go
 Split = Literal["train", "dev", "test"]
 
 FRAME = RATE_HZ // 100  # 10 ms
-EQUALISER_HZ = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])  # where random microphones get their gains, log frequency between
+EQUALISER_HZ = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])  # where random microphones get their gains
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,8 @@ def word_span(samples: np.ndarray) -> tuple[int, int]:
     runs = np.split(loud, np.flatnonzero(np.diff(loud) > 15) + 1)
     best = max(runs, key=lambda run: float(power[run].sum()))
     return int(best[0]) * FRAME, min((int(best[-1]) + 1) * FRAME, len(samples))
+
+
+def equaliser(gains_db: np.ndarray, hz: np.ndarray) -> np.ndarray:
+    """Amplitude at each of `hz` of a microphone with gains [6] at EQUALISER_HZ, straight over log frequency between them."""
+    return np.asarray(10 ** (np.interp(np.log(hz), np.log(EQUALISER_HZ), gains_db) / 20))

@@ -56,7 +56,7 @@ def perceive_kind(model: TickModel, tokens: Tensor, rope: Tensor) -> Tensor:
 
 
 def perceived(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the word that each tick hears the end of, [n, T, labels], and of the hand, [n, labels], in a batch of words and hands."""
+    """Logits of the word that each tick hears the end of, [n, T, labels], and of each hand, [m, labels], in a batch of both."""
     c, mic = model.config, batch["mic"]
     n, ticks = mic.shape[0], (mic.shape[1] - c.context_samples) // c.tick_samples
     rope = torch.from_numpy(rope_table(c, np.arange(ticks))).to(mic.device)

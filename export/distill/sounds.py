@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
-from export.distill.clips import COMMANDS, EQUALISER_HZ, RATE_HZ, Clip
+from export.distill.clips import COMMANDS, RATE_HZ, Clip, equaliser
 from export.distill.corpus import Corpus, Voices
 
 ABOVE_NOISE = 10**0.2  # power: every word keeps 2 dB above noise and echo
@@ -82,9 +82,11 @@ def other_clip(corpus: Corpus, rng: np.random.Generator) -> Clip:
 def _source(corpus: Corpus, rng: np.random.Generator, clips: Callable[[Voices], list[Clip]]) -> list[Clip]:
     """Real people's clips, or made ones where there are any."""
     kind = rng.random()
-    made = (
-        clips(corpus.reshaped) if kind < Chance.reshaped else clips(corpus.synthetic) if kind < Chance.reshaped + Chance.synthetic else []
-    )
+    made: list[Clip] = []
+    if kind < Chance.reshaped:
+        made = clips(corpus.reshaped)
+    elif kind < Chance.reshaped + Chance.synthetic:
+        made = clips(corpus.synthetic)
     return made or clips(corpus.real)
 
 
@@ -147,7 +149,7 @@ def _equaliser(rng: np.random.Generator, bins: int) -> np.ndarray:
         gains_db[0] -= rng.uniform(5, 25)  # small loudspeaker, high-passed microphone
     if rng.random() < Chance.muffled:  # a band that does not get through
         gains_db[rng.integers(2, 6)] -= rng.uniform(6, 25)
-    coarse = 10 ** (np.interp(np.log(np.linspace(30, 8000, 257)), np.log(EQUALISER_HZ), gains_db) / 20)
+    coarse = equaliser(gains_db, np.linspace(30, 8000, 257))
     return np.asarray(np.interp(np.linspace(0, 256, bins), np.arange(257), coarse), dtype=np.float32)
 
 

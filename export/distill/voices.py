@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.distill.clips import COMMANDS, EQUALISER_HZ, RATE_HZ, Clip, Split, word_span
+from export.distill.clips import COMMANDS, EQUALISER_HZ, RATE_HZ, Clip, Split, equaliser, word_span
 from export.espeak import speak
 
 # Synthetic voices, split like people. The first of a pair is espeak's dialect, the second its variant.
@@ -130,7 +130,7 @@ def _recorded(samples: np.ndarray, word: slice, rng: np.random.Generator) -> np.
     n = len(samples)
     hz = np.maximum(np.fft.rfftfreq(n, 1 / RATE_HZ), 1)
     gains_db = rng.normal(0, 4, len(EQUALISER_HZ)) + rng.normal(0, 4) * np.linspace(-1, 1, len(EQUALISER_HZ))
-    response = 10 ** (np.interp(np.log(hz), np.log(EQUALISER_HZ), gains_db) / 20)
+    response = equaliser(gains_db, hz)
     if rng.random() < 0.4:  # nothing deep
         response /= np.sqrt(1 + (rng.uniform(100, 500) / hz) ** (2 * rng.integers(1, 4)))
     if rng.random() < 0.3:  # nothing high
