@@ -26,7 +26,7 @@ from export.distill.batches import Batches
 from export.distill.behaviours import WORDS
 from export.distill.corpus import Corpus
 from export.distill.finish import finish
-from export.distill.losses import SpeechTarget, past_frames, perceive_kind, scene_loss, voice_loss
+from export.distill.losses import SpeechTarget, drift, past_frames, perceive_kind, scene_loss, voice_loss
 from export.distill.model import Block, FlowHead, TickModel, attend_windowed, mixed_precision
 from export.distill.muon import Muon, orthogonal
 from export.distill.recipe import Recipe, RecipeError, Stage
@@ -266,6 +266,21 @@ def test_a_stage_that_keeps_what_is_present_is_held_to_where_it_began(
     assert again > 0.1, "from where it goes on it would be as little"
 
 
+def test_what_practice_moves_counts_most_where_text_arrives() -> None:
+    old = torch.ones(1, 42, SMALL.trunk.summary_tokens, SMALL.trunk.width)
+    batch = {"valid": torch.ones(1, 42, dtype=torch.long), "text_in": torch.zeros(1, 42, SMALL.text.text_in, dtype=torch.int32)}
+    batch["valid"][0, 41] = 0
+    batch["text_in"][0, 7, 1] = 3
+    read, heard, lost = (old.clone() for _ in range(3))
+    read[:, 7] += 0.1
+    heard[:, :7] += 0.1
+    heard[:, 8:41] += 0.1
+    lost[:, 41] += 0.1
+    assert drift(old, heard, batch) == pytest.approx(0.01 * 40 / 60, rel=1e-4)
+    assert drift(old, read, batch) == pytest.approx(0.01 * 20 / 60, rel=1e-4), "as much as twenty others"
+    assert drift(old, lost, batch) == 0
+
+
 def test_practice_comes_with_one_scene_and_what_keeps_perception_without_practice(recipe_path: Path, corpus: Corpus) -> None:
     recipe = Recipe.read(recipe_path)
     kept, practised = (
@@ -342,6 +357,13 @@ def test_a_stage_that_joins_another_ends_in_the_mean_of_both(trained: Trained) -
     torch.testing.assert_close(joined, {name: (first[name] + second[name]) / 2 for name in first})
     with pytest.raises(RecipeError, match=r"stage-1\.pt: .* were not kept"):  # said before anything is trained
         trained("first", WORDS_STAGE, joins)
+
+
+def test_practice_can_end_in_the_mean_with_the_weights_of_any_stage(trained: Trained) -> None:
+    first = trained("first", WORDS_STAGE)
+    practised = trained("practised", WORDS_STAGE, SCENES_STAGE, PRACTICE_STAGE)
+    joined = trained("joined", WORDS_STAGE, SCENES_STAGE, dataclasses.replace(PRACTICE_STAGE, joins=1))
+    torch.testing.assert_close(joined, {name: (first[name] + practised[name]) / 2 for name in first})
 
 
 def test_a_step_that_would_ruin_the_weights_is_not_taken(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

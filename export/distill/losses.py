@@ -22,6 +22,7 @@ OWN_PAST = 0.5  # of the ticks in which the flow head goes on from mel of its ow
 DRAWS = 8  # of noise and Euler step in a stage of the voice, from the same top states
 SMOOTHING = 0.05  # of the labels of words and hands alone
 HOLD = 3.0  # weight of what the summary tokens of scenes moved, by their own size
+READING_WEIGHT = 20.0  # of a tick in which text arrives, one in forty, in what they moved: there practice lost what was told
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
 
@@ -82,16 +83,20 @@ def perception_loss(model: TickModel, heads: Auxiliary, batch: dict[str, Tensor]
 def practice_loss(model: TickModel, heads: Auxiliary, before: TickModel, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Losses of words and hands in batch["practice"], and how far what is above would have to read anew in the scenes of `batch`.
 
-    That is held to what `before` perceives (less-forgetting learning, Jung et al. 2016, arXiv 1607.00122): "drift" is the squared distance
-    of the summary tokens that leave the perceiving layers from its own, by their size.
+    That is held to what `before` perceives (less-forgetting learning, Jung et al. 2016, arXiv 1607.00122), see `drift`.
     """
     perception = perception_loss(model, heads, batch["practice"])
     with torch.no_grad():
         old, _ = before.perceive_scene(before.embed(batch), batch)
     new, _ = model.perceive_scene(model.embed(batch), batch)
-    heard = batch["valid"].float()[..., None, None]
-    drift = ((new - old).float().square() * heard).sum() / (old.float().square() * heard).sum()
-    return perception | {"loss": perception["loss"] + HOLD * drift, "drift": drift}
+    moved = drift(old, new, batch)
+    return perception | {"loss": perception["loss"] + HOLD * moved, "drift": moved}
+
+
+def drift(old: Tensor, new: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Squared distance of the summary tokens that leave the perceiving layers, [B, T, S, width], from what they were, by their size."""
+    weight = (batch["valid"] * torch.where((batch["text_in"] > 0).any(-1), READING_WEIGHT, 1.0))[..., None, None]
+    return ((new - old).float().square() * weight).sum() / (old.float().square() * weight).sum()
 
 
 class SpeechTarget(nn.Module):
