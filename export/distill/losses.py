@@ -22,7 +22,7 @@ OWN_PAST = 0.5  # of the ticks in which the flow head goes on from mel of its ow
 DRAWS = 8  # of noise and Euler step in a stage of the voice, from the same top states
 SMOOTHING = 0.05  # of the labels of words and hands alone
 HOLD = 3.0  # weight of what the summary tokens of scenes moved, by their own size
-READING_WEIGHT = 20.0  # of a tick in which text arrives, one in forty, in what they moved: there practice lost what was told
+READING_WEIGHT = 20.0  # of a tick in which text arrives, in what they moved: one in 24 in such scenes, so that all of them weigh half
 SOFT = 0.5  # the teacher's part, where there is one; the rest is the oracle's
 WORD_LABELS, HAND_LABELS = 12, 11  # none, the corpus' ten words, another word; none, the ten digits
 
@@ -94,7 +94,10 @@ def practice_loss(model: TickModel, heads: Auxiliary, before: TickModel, batch: 
 
 
 def drift(old: Tensor, new: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Squared distance of the summary tokens that leave the perceiving layers, [B, T, S, width], from what they were, by their size."""
+    """Squared distance of the summary tokens that leave the perceiving layers, [B, T, S, width], from what they were, by their size.
+
+    A tick in which text arrives counts READING_WEIGHT times, one that was lost not at all.
+    """
     weight = (batch["valid"] * torch.where((batch["text_in"] > 0).any(-1), READING_WEIGHT, 1.0))[..., None, None]
     return ((new - old).float().square() * weight).sum() / (old.float().square() * weight).sum()
 

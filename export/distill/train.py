@@ -214,7 +214,8 @@ class Trainer:
     def _asked(self, number: int) -> set[int]:
         """After which stages the weights were that stage `number`, the first being 0, goes back to; 0 are those that were begun with."""
         stage = self.recipe.stages[number]
-        return ({number} if stage.keeps == "present" else set()) | ({stage.joins} if stage.joins is not None else set())
+        held_to = number if stage.keeps == "present" else None
+        return {earlier for earlier in (held_to, stage.joins) if earlier is not None}
 
     def _keep(self, number: int) -> None:
         """Keep the weights after stage `number` where they are asked for later."""
