@@ -83,6 +83,8 @@ def test_the_recipes_of_other_ticks_differ_in_nothing_else(repository: Path) -> 
         ({"model": {"width": 3}}, "unknown config key 'width'"),
         ({"seed": None}, "seed"),
         ({"speed": 1}, "speed"),
+        ({"people": 0}, "people"),
+        ({"people": 1.5}, "people"),
         ({"stages": [{"learns": "manners", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1}]}, "stages.learns"),
         ({"stages": [{"learns": "scenes", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "joins": 1}]}, "stages.joins"),
         ({"stages": [{"learns": "perception", "steps": 1, "batch": 1, "muon_lr": 0.1, "adam_lr": 0.1, "keeps": "all"}]}, "stages.keeps"),

@@ -15,7 +15,7 @@ from scipy.signal import fftconvolve
 from device.config import ModelConfig, TextConfig
 from export.distill import scenes as scenes_module
 from export.distill.behaviours import ACT_OF_WORD, ACTS, DIGITS, WORDS
-from export.distill.clips import COMMANDS, RATE_HZ, split_of, word_span
+from export.distill.clips import COMMANDS, RATE_HZ, belongs, split_of, word_span
 from export.distill.corpus import Corpus, CorpusMissing, load_corpus
 from export.distill.pictures import Thing
 from export.distill.scenes import WINDOW_S, Scene, Stage, chatter, hand_frames, lesson, make_scene, mixture, only, replay, word_windows
@@ -356,6 +356,26 @@ def test_missing_recordings_are_named(tmp_path: Path) -> None:
 def test_split_is_about_70_10_20() -> None:
     sides = [split_of(f"person {i}") for i in range(2000)]
     assert [round(sides.count(side) / 2000, 1) for side in ("train", "dev", "test")] == [0.7, 0.1, 0.2]
+
+
+def test_a_share_of_the_people_is_part_of_every_larger_one() -> None:
+    people = [f"person {i}" for i in range(2000)]
+    for side in ("train", "dev", "test"):
+        everybody, half, quarter = ([who for who in people if belongs(who, side, share)] for share in (1.0, 0.5, 0.25))
+        assert everybody == [who for who in people if split_of(who) == side]
+        assert set(quarter) < set(half) < set(everybody)
+        assert abs(len(half) / len(everybody) - 0.5) < 0.1 and abs(len(quarter) / len(everybody) - 0.25) < 0.1
+
+
+def test_recordings_of_fewer_people(data_root: Path) -> None:
+    def people(corpus: Corpus) -> tuple[set[str], set[str]]:
+        clips = [clip for voices in (*corpus.real.words.values(), corpus.real.others) for clip in voices]
+        return {clip.speaker for clip in clips}, {person for hands in corpus.hands.values() for _, person in hands}
+
+    everybody, half = people(load_corpus(data_root, "train")), people(load_corpus(data_root, "train", people=0.5))
+    assert all(few < many for few, many in zip(half, everybody, strict=True))
+    with pytest.raises(CorpusMissing, match=r"nobody in 0.001 of its people has yes, .*another word.*the sign 9; ask for a larger share"):
+        load_corpus(data_root, "train", people=0.001)
 
 
 def test_nobody_is_on_two_sides_of_the_split(data_root: Path) -> None:

@@ -139,6 +139,17 @@ def test_yield_is_measured_in_the_sound(played: list[tuple[Scene, Run]]) -> None
     assert MISSED in outcome_of("yield", judge(scene, Run(run.reactions, humming, RATE_HZ)))
 
 
+def test_what_was_never_begun_was_not_under_way(played: list[tuple[Scene, Run]]) -> None:
+    asked = set()
+    for scene, run in played:
+        nothing = Run([], np.zeros_like(run.voice), RATE_HZ)
+        for ours, silent in zip(judge(scene, run).outcomes, judge(scene, nothing).outcomes, strict=True):
+            asked |= {ours.trial.behaviour} if ours.under_way else set()
+            assert ours.under_way or ours.trial.behaviour != "hold"
+            assert not silent.under_way
+    assert asked == {"yield", "hold"}
+
+
 def test_a_word_that_nobody_can_hear_was_not_said() -> None:
     voice = np.zeros(RATE_HZ, np.float32)
     voice[8000:12000] = 0.1
@@ -267,7 +278,8 @@ def test_intervals_are_drawn_over_people_and_the_tables_say_it_all(played: list[
     assert 0 < ours["rows"]["turn-taking latency, s"] < 1.0 and theirs["rows"]["turn-taking latency, s"] is None
     assert ours["rows"]["silence, per hour"] == 0.0
     text = markdown(summary, "a heading")
-    assert "| act |" in text and "False interruption: 100 % less than the walkie-talkie." in text
+    assert ours["under_way"]["hold"]["hit"] == 100.0 and theirs["under_way"]["hold"]["hit"] == 0.0
+    assert "| act |" in text and "| hold while it speaks |" in text and "False interruption: 100 % less than the walkie-talkie." in text
     json.dumps(summary)
 
 

@@ -28,7 +28,7 @@ CONFIG = ModelConfig.from_dict(SMALL.to_dict() | {"text": {"words": WORDS, "acts
 
 
 def _verdict(behaviour: str, hits: list[int]) -> Verdict:
-    return Verdict([Outcome(Trial(behaviour, 0.0, ()), 0, HIT if hit else MISSED, None) for hit in hits], [], 0.0, 0, [], [])
+    return Verdict([Outcome(Trial(behaviour, 0.0, ()), 0, HIT if hit else MISSED, None, False) for hit in hits], [], 0.0, 0, [], [])
 
 
 def _pair(hits: tuple[list[int], list[int]], say: np.ndarray | None = None) -> Pair:

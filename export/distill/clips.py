@@ -13,6 +13,7 @@ RATE_HZ = 16000
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")  # the recorded words; aux label = index + 1
 
 Split = Literal["train", "dev", "test"]
+_SIDES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.7), "dev": (0.7, 0.8), "test": (0.8, 1.0)}
 
 FRAME = RATE_HZ // 100  # 10 ms
 EQUALISER_HZ = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])  # where random microphones get their gains
@@ -31,8 +32,18 @@ class Clip:
 
 def split_of(person: str) -> Split:
     """The side of the split that a person (or a noise file) belongs to: 70 % train, 10 % dev, 20 % test, by sha1."""
-    share = int(hashlib.sha1(person.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if share < 0.7 else "dev" if share < 0.8 else "test"
+    place = _place(person)
+    return next(split for split, (_, end) in _SIDES.items() if place < end)
+
+
+def belongs(person: str, split: Split, share: float = 1.0) -> bool:
+    """Whether somebody is on that side of the split and in that `share` of its people; a larger share has all those of a smaller one."""
+    first, end = _SIDES[split]
+    return split_of(person) == split and (_place(person) - first) / (end - first) <= share
+
+
+def _place(person: str) -> float:
+    return int(hashlib.sha1(person.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def word_span(samples: np.ndarray) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import soundfile
 
-from export.distill.clips import COMMANDS, FRAME, RATE_HZ, Clip, Split, split_of, word_span
+from export.distill.clips import COMMANDS, FRAME, RATE_HZ, Clip, Split, belongs, split_of, word_span
 from export.distill.voices import reshaped_clips, synthetic_clips
 from export.errors import ExportError
 
@@ -61,16 +61,18 @@ class Corpus:
         return self.real, self.reshaped, self.synthetic
 
 
-def load_corpus(root: Path, split: Split, cache: Path | None = None) -> Corpus:
-    """Load one side of the split from the data folder `root` (a few seconds).
+def load_corpus(root: Path, split: Split, cache: Path | None = None, people: float = 1.0) -> Corpus:
+    """Load one side of the split from the data folder `root` (a few seconds), or that share of its `people`, as `belongs` chooses them.
 
     With `cache`, a folder for their recordings, the made voices are added; the first call makes them, which takes minutes.
-    Raises CorpusMissing when a folder is not there.
+    Raises CorpusMissing when a folder is not there, or nobody among so few people who says a word or shows a digit.
     """
-    clips = [clip for word in COMMANDS for clip in _read_clips(root / "words" / word, split)]
-    clips += [clip for folder in _folders(root / "other_words") for clip in _read_clips(folder, split)]
+    clips = [clip for word in COMMANDS for clip in _read_clips(root / "words" / word, split, people)]
+    clips += [clip for folder in _folders(root / "other_words") for clip in _read_clips(folder, split, people)]
     noise = [_read_audio(path) for path in _files(root / "noise", ".flac") if split_of(path.stem) == split]
-    corpus = Corpus(Voices.of(clips), noise, _read_hands(root / "signs", split))
+    corpus = Corpus(Voices.of(clips), noise, _read_hands(root / "signs", split, people))
+    if people < 1:
+        _check_complete(corpus, root, people)
     if cache is None:
         return corpus
     return replace(
@@ -80,11 +82,19 @@ def load_corpus(root: Path, split: Split, cache: Path | None = None) -> Corpus:
     )
 
 
-def _read_clips(folder: Path, split: Split) -> list[Clip]:
+def _check_complete(corpus: Corpus, root: Path, people: float) -> None:
+    missing = [word for word, clips in corpus.real.words.items() if not clips]
+    missing += [] if corpus.real.others else ["another word"]
+    missing += [f"the sign {digit}" for digit, hands in corpus.hands.items() if not hands]
+    if missing:
+        raise CorpusMissing(f"{root}: nobody in {people:g} of its people has {', '.join(missing)}; ask for a larger share (people)")
+
+
+def _read_clips(folder: Path, split: Split, people: float) -> list[Clip]:
     clips = []
     for path in _files(folder, ".flac"):
         speaker = path.stem.split("_nohash_")[0]
-        if split_of(speaker) == split:
+        if belongs(speaker, split, people):
             samples = _read_audio(path)
             onset, end = word_span(samples)
             if not _cut_off(samples, onset, end):
@@ -106,14 +116,14 @@ def _read_audio(path: Path) -> np.ndarray:
     return np.asarray(samples)
 
 
-def _read_hands(root: Path, split: Split) -> dict[int, list[tuple[np.ndarray, str]]]:
+def _read_hands(root: Path, split: Split, people: float) -> dict[int, list[tuple[np.ndarray, str]]]:
     paths = {digit: _files(root / str(digit), ".JPG") for digit in range(10)}
     person_of = _hand_people(_series(path, digit) for digit in paths for path in paths[digit])
     hands: dict[int, list[tuple[np.ndarray, str]]] = {digit: [] for digit in paths}
     for digit in paths:
         for path in paths[digit]:
             person = person_of[_series(path, digit)]
-            if split_of(person) == split:
+            if belongs(person, split, people):
                 photo = cv2.imread(str(path))
                 if photo is None:
                     raise CorpusDamaged(f"{path}: not a readable photograph; fetch the data again")

@@ -77,7 +77,12 @@ class Recipe:
     replays: float  # share of the scenes that are played again with the model's own choices in their past
     say_margin: float = 0.0  # by how much a word must beat "nothing", in logits; chosen on the dev people
     act_margin: float = 0.0
+    people: float = 1.0  # share of the training people (`clips.belongs`) that are trained on: fewer tell what more would bring
     teachers: tuple[TeacherRecipe, ...] = ()  # of `distill`, one after the other
+
+    def __post_init__(self) -> None:
+        if not 0 < self.people <= 1:
+            raise RecipeError(f"the field people is a share of the training people, above 0 and up to 1, not {self.people}")
 
     def of_teacher(self, teacher: TeacherRecipe) -> Recipe:
         """What the teacher is trained by: its own depth, seed and stages, no margins; the rest is its student's."""

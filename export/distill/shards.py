@@ -67,7 +67,7 @@ def write_scenes(
     """
     out.mkdir(parents=True, exist_ok=True)
     global _corpus
-    _corpus = load_corpus(data, "train", out / "voices")
+    _corpus = load_corpus(data, "train", out / "voices", recipe.people)
     shards = [out / f"scenes-{seed}-{number:05d}.tar" for number in range(-(-count // SCENES_PER_SHARD))]
     sizes = [min(SCENES_PER_SHARD, count - i * SCENES_PER_SHARD) for i in range(len(shards))]
     todo = [(number, path, size) for number, (path, size) in enumerate(zip(shards, sizes, strict=True)) if _holds(path) != size]

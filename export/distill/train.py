@@ -138,7 +138,7 @@ class Trainer:
         if source.data is not None:
             if not processes.first:  # made voices are kept in files: one process makes them for all
                 processes.wait()
-            self.people, self.dev = load_corpus(source.data, "train", work / "voices"), load_corpus(source.data, "dev")
+            self.people, self.dev = load_corpus(source.data, "train", work / "voices", recipe.people), load_corpus(source.data, "dev")
             if processes.first:
                 processes.wait()
         elif recipe.practice or source.shards is None or any(stage.learns == "perception" and stage.steps for stage in recipe.stages):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from export.scoreboard.board import AGES_S, RECALL, SILENCE, Entry
-from export.scoreboard.score import HIT, MISSED, WRONG, Outcome
+from export.scoreboard.score import HIT, MISSED, OF_WHAT_IS_UNDER_WAY, WRONG, Outcome
 from export.scoreboard.systems import ABLATIONS
 
 BEHAVIOURS = tuple("act ok show recite yield hold timer cancel answer ask listen count weave quiet recall".split())
@@ -64,6 +64,7 @@ def _system(entries: list[Entry]) -> dict[str, Any]:
         for outcome in entry.verdict.outcomes:
             by_behaviour[outcome.trial.behaviour].append((entry, outcome))
     behaviours = {name: _behaviour(by_behaviour[name]) for name in BEHAVIOURS if by_behaviour[name]}
+    under_way = {name: [one for one in by_behaviour[name] if one[1].under_way] for name in OF_WHAT_IS_UNDER_WAY}
     minutes = sum(entry.task.seconds for entry in staged) / 60
     hours = sum(entry.task.seconds for entry in silence) / 3600
     false = sum(len(entry.verdict.false) for entry in silence)
@@ -73,6 +74,7 @@ def _system(entries: list[Entry]) -> dict[str, Any]:
             kinds[f"{reaction.kind} {reaction.value}"] += 1
     return {
         "behaviours": behaviours,
+        "under_way": {name: _behaviour(found) for name, found in under_way.items() if found},
         "minutes": minutes,
         "false_per_minute": sum(len(entry.verdict.false) for entry in staged) / max(minutes, 1e-9),
         "silence_hours": hours,
@@ -171,7 +173,9 @@ def markdown(summary: dict[str, Any], heading: str) -> str:
 
 def _detail(system: dict[str, Any]) -> list[str]:
     lines = ["| | scenes | trials | hit | 95 % | wrong | missed | reaction, median | p90 |", "|---|" + "---:|" * 8]
-    for name, b in {**system["behaviours"], **{f"recall after {age} s": b for age, b in system["recall"].items()}}.items():
+    parts = {f"{name} while it speaks": b for name, b in system["under_way"].items()}
+    parts |= {f"recall after {age} s": b for age, b in system["recall"].items()}
+    for name, b in (system["behaviours"] | parts).items():
         times = [_number(b[field], 2, " s") for field in ("median_s", "p90_s")]
         counts = [b["scenes"], b["trials"], f"**{b['hit']:.1f} %**", f"{b['low']:.0f}–{b['high']:.0f}", b["wrong"], b["missed"]]
         lines.append(f"| {name} | {' | '.join(str(cell) for cell in (*counts, *times))} |")

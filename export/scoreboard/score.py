@@ -16,6 +16,8 @@ HIT, WRONG, MISSED = "hit", "wrong", "missed"
 SHARING = ("hold",)
 # Those whose reaction is the silence itself.
 SILENCING = ("yield", "quiet")
+# Those that ask for something of what is under way: to go on with it, or to stop.
+OF_WHAT_IS_UNDER_WAY = ("yield", "hold")
 # What comes so much too late is the missed reaction, not one that nobody asked for.
 LATE_S = 1.0
 _STEP_S = 1.5  # from one number of a recitation to the next, at most
@@ -31,6 +33,7 @@ class Outcome:
     # From `trial.at_s` to the first thing asked for, as it could be heard or was done, too late included; where silence was asked for
     # to the end of what still sounded. None where there was none.
     reaction_s: float | None
+    under_way: bool  # whether there was something to go on with or to stop; false for all but OF_WHAT_IS_UNDER_WAY
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def judge(scene: Scene, run: Run, number: int = 0) -> Verdict:
             reacted_s = reacted_s if reacted_s is not None else late_s
         if trial.behaviour in SILENCING:
             reacted_s = matcher.fell_silent(trial) if silent else None
-        outcomes.append(Outcome(trial, number, result, None if reacted_s is None else reacted_s - trial.at_s))
+        reaction_s = None if reacted_s is None else reacted_s - trial.at_s
+        outcomes.append(Outcome(trial, number, result, reaction_s, _under_way(trial, run)))
     false = [reaction for i, reaction in enumerate(run.reactions) if i not in matcher.used and not _excused(scene, reaction)]
     talk = _talk(scene)
     cut_in = sum(
@@ -118,6 +122,16 @@ def _held(scene: Scene, run: Run) -> list[bool]:
             if under_way:
                 held.append(any(under_way[-1] < at_s <= under_way[-1] + _STEP_S for at_s in said[following]))
     return held
+
+
+def _under_way(trial: Trial, run: Run) -> bool:
+    """Whether it began a word, a number where it is to go on reciting, at most _STEP_S before it was to go on, or to stop."""
+    if trial.behaviour not in OF_WHAT_IS_UNDER_WAY:
+        return False
+    recites = trial.behaviour == "hold"
+    until_s = trial.at_s if recites else trial.checks[0].since_s
+    begun = [r.at_s for r in run.reactions if r.kind == "say" and (r.value in DIGITS or not recites)]
+    return any(until_s - _STEP_S <= at_s <= until_s for at_s in begun)
 
 
 class _Matcher:
