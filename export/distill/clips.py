@@ -13,7 +13,7 @@ RATE_HZ = 16000
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")  # the recorded words; aux label = index + 1
 
 Split = Literal["train", "dev", "test"]
-_SIDES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.7), "dev": (0.7, 0.8), "test": (0.8, 1.0)}
+_SIDES: dict[Split, tuple[float, float]] = {"train": (0.0, 0.7), "dev": (0.7, 0.8), "test": (0.8, 1.0)}  # of `_place`
 
 FRAME = RATE_HZ // 100  # 10 ms
 EQUALISER_HZ = np.array([60.0, 200.0, 600.0, 1600.0, 4000.0, 8000.0])  # where random microphones get their gains
